@@ -201,3 +201,14 @@ def sparc_loss(v, t, V, T, M, scale, global_weight=0.5, local_weight=1.0, sigma=
     local = local / n.clamp(min=1)
     glob = clip_loss(v, t, scale)
     return {"loss": global_weight * glob + local_weight * local, "global": glob, "local": local}   # SPARC eq. 7
+
+
+# ----------------------------------------------------------------------------------------------------------- by name, for train.py
+# f: what model(batch) returns; a: the options of train.py. Each returns a dict of scalars; "loss" is minimised, all are logged.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OBJECTIVES = {
+    "clip": lambda f, a: {"loss": clip_loss(f["v"], f["t"], f["scale"])},
+    "filip": lambda f, a: {"loss": filip_loss(f["V"], f["T"], f["M"], f["scale"], a.keep, DTYPES[a.gather_dtype])},
+    "sparc": lambda f, a: sparc_loss(f["v"], f["t"], f["V"], f["T"], f["M"], f["scale"], a.global_weight, a.local_weight,
+                                     a.sigma, a.softmax, a.drop_special),
+}

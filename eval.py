@@ -1,0 +1,272 @@
+"""Evaluation: retrieval, zero-shot classification, zero-shot segmentation, word-patch alignment, on scenes or on real pictures.
+
+    python eval.py runs/sparc                          # on 1,000 test scenes: prints a table, writes runs/sparc/metrics.json
+    python eval.py runs/sparc runs/clip --data photos/test.csv        # on real pictures, several runs side by side
+
+Covers: FILIP 3.1.2 and 4.5 (late interaction at inference, mean similarity over prompts), SPARC 4.2, 4.3, 4.5, D.5 and D.7.
+
+All numbers are percentages, except local_gap, which is in nats. What they mean:
+    retrieval       R@k: the true partner is among the k best of all. Ties count against the model. Several captions a picture: a
+                    picture finds any of its captions, each caption must find its picture (the five-captions protocol)
+    classification  top-1 over 8 shapes, over 8 colours, on scenes of one object; prompts are averaged
+    segmentation    each patch goes to the class text it is closest to; classes: the objects present and the background. miou: mean over
+                    the objects' classes only; patch_acc: the share of patches lying on an object that get that object's class
+    alignment       colour_word_acc, shape_word_acc: a word's best patch lies on the object it names (covers a quarter of the patch or
+                    more; chance = what a random patch gets). patch_word_acc: the best word of a patch on an object names that object.
+                    local_gap: SPARC's local loss on shuffled pictures minus on the right ones; near 0 the "alignment" never looks
+    composition     swap_acc: the caption is preferred to the same caption with two colours exchanged (chance 50)
+
+Differs from the papers: SPARC does not say which text stands for "background" in segmentation; here its name in the scenes' captions.
+For FILIP a patch's similarity to a class text is its best word's, the late interaction of one patch.
+"""
+import argparse, json, os
+import torch
+from tqdm import tqdm
+import model as models
+from data import (BACKGROUNDS, COLOURS, SHAPES, Scenes, Tokenizer, UserError, center_crop, normalize, open_dataset, prompts, to_tensor,
+                  word_tokens)
+from losses import OBJECTIVES, filip_similarity, unit
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs and features
+def read_checkpoint(path):
+    """A checkpoint of train.py as a dict; tensors, numbers and strings only, no code is unpickled."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no checkpoint {path}: train one with `torchrun train.py --out {os.path.dirname(path) or '.'}`")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"config", "model", "merges", "args", "step"} - set(ckpt)
+    except Exception as e:                                          # torch raises many kinds on a damaged file
+        raise UserError(f"{path} can't be read as a checkpoint ({str(e).splitlines()[0][:100]}); train again or take a copy") from None
+    if missing:
+        raise UserError(f"{path} is no checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    return ckpt
+
+
+def load_run(folder, device="cpu"):
+    """-> model in eval mode, tokeniser, the run's options."""
+    ckpt = read_checkpoint(os.path.join(folder, "last.pt"))
+    model = models.CLIP(**ckpt["config"])
+    model.load_state_dict(ckpt["model"])
+    return model.to(device).eval(), Tokenizer(ckpt["merges"]), argparse.Namespace(**ckpt["args"])
+
+
+@torch.no_grad()
+def encode_images(model, images, batch=250, **kw):
+    """List of RGB pictures -> v (N,D), V (N,P,D), fp32 on the model's device."""
+    device, size = model.logit_scale.device, model.config["image_size"]
+    out = [model.encode_image(normalize(to_tensor([center_crop(im, size) for im in images[i:i + batch]]).to(device)), **kw)
+           for i in range(0, len(images), batch)]
+    return tuple(torch.cat(x) for x in zip(*out))
+
+
+@torch.no_grad()
+def encode_texts(model, tok, texts, batch=500):
+    """List of texts -> t (N,D), T (N,L,D), M (N,L); L is the longest of them."""
+    device = model.logit_scale.device
+    ids, mask = tok(texts, model.context_length)
+    L = int(mask.sum(1).max())
+    ids, mask = ids[:, :L].to(device), mask[:, :L].to(device)
+    out = [model.encode_text(ids[i:i + batch], mask[i:i + batch]) for i in range(0, len(texts), batch)]
+    return *(torch.cat(x) for x in zip(*out)), mask
+
+
+@torch.no_grad()
+def similarities(loss, v, V, t, T, M, rows=16):
+    """Scores of all pictures with all texts -> (ranking texts for a picture, ranking pictures for a text), both (B,C), rows pictures.
+
+    Late interaction for FILIP (2.6 million times P x L products at 1,000 x 1,000, so by blocks of rows), cosine for the others.
+    """
+    if loss != "filip":
+        s = unit(v) @ unit(t).T
+        return s, s
+    blocks = [filip_similarity(V[i:i + rows], T, M) for i in range(0, len(V), rows)]
+    return tuple(torch.cat(x) for x in zip(*blocks))
+
+
+# -------------------------------------------------------------------------------------------------------------------------- metrics
+def retrieval(s_i2t, s_t2i, owner):
+    """s (B,C) similarities; owner (C,): the picture each text belongs to -> R@1, 5, 10 both ways."""
+    own = owner[None] == torch.arange(len(s_i2t), device=owner.device)[:, None]                # (B, C)
+    best = s_i2t.masked_fill(~own, float("-inf")).max(1, keepdim=True).values
+    rank_i = ((s_i2t >= best) & ~own).sum(1)                                                   # strangers at or above the best own text
+    true = s_t2i.gather(0, owner[None])                                                        # (1, C)
+    rank_t = ((s_t2i >= true) & ~own).sum(0)
+    r = lambda rank, k: 100 * (rank < k).float().mean().item()
+    return {f"{way}_r{k}": r(rank, k) for way, rank in (("i2t", rank_i), ("t2i", rank_t)) for k in (1, 5, 10)}
+
+
+def classify(loss, model, tok, v, V, classes):
+    """v (B,D), V (B,P,D); classes: a list of prompts for each class -> predictions (B,).
+    CLIP averages the prompts' unit text vectors; FILIP, whose tokens can't be averaged, their similarities (FILIP 3.1.2)."""
+    scores = []
+    for texts in classes:
+        t, T, M = encode_texts(model, tok, texts)
+        if loss == "filip":
+            scores.append(similarities(loss, v, V, t, T, M)[0].mean(1))
+        else:
+            scores.append(unit(v) @ unit(unit(t).mean(0)))
+    return torch.stack(scores, 1).argmax(1)
+
+
+def an(word):
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def patch_coverage(masks, grid):
+    """masks (N,H,W) bool -> (N, P): the share of each patch that each object covers."""
+    m = torch.from_numpy(masks).float()
+    p = m.shape[-1] // grid
+    return m.view(len(m), grid, p, grid, p).mean((2, 4)).flatten(1)
+
+
+def segment(loss, V, texts, encoded):
+    """V (P,D) of one picture, class texts -> class of each patch (P,): SPARC 4.5."""
+    t, T, M = encoded
+    if loss == "filip":
+        s = torch.einsum("pd,cld->pcl", unit(V), unit(T)).masked_fill(~M[None], float("-inf")).amax(2)
+    else:
+        s = unit(V) @ unit(t).T
+    return s.argmax(1)
+
+
+def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
+    """Every metric on n test scenes -> the dict of metrics.json."""
+    loss, size, grid = args.loss, model.config["image_size"], model.visual.grid
+    test = Scenes(n, seed, size, "test")
+    S = [test[i] for i in tqdm(range(n), "drawing test scenes", disable=not progress, leave=False)]
+    images, captions = [s["image"] for s in S], [s["caption"] for s in S]
+    v, V = encode_images(model, images)
+    t, T, M = encode_texts(model, tok, captions)
+    out = {"retrieval": retrieval(*similarities(loss, v, V, t, T, M), torch.arange(n, device=v.device))}
+
+    one = Scenes(n, seed, size, "test", objects=(1, 1), unique=False)
+    specs = [one.spec(i) for i in range(n)]
+    v1, V1 = encode_images(model, [one.draw(s) for s in specs])
+    things = [s["things"][0] for s in specs]
+    by_shape = [prompts(s, [an(c) for c in COLOURS]) for s in SHAPES]                          # "a red star", "an orange star", ...
+    by_colour = [[an(f"{c} {s}") for s in SHAPES] for c in COLOURS]
+    shape, colour = (classify(loss, model, tok, v1, V1, classes).tolist() for classes in (by_shape, by_colour))
+    out["classification"] = {"shape": 100 * sum(SHAPES[k] == x.shape for k, x in zip(shape, things)) / n,
+                             "colour": 100 * sum([*COLOURS][k] == x.colour for k, x in zip(colour, things)) / n}
+
+    # segmentation: patches through h_v and the adapter where the tower has h_v (SPARC D.7)
+    Vs = encode_images(model, images, patches_through_h=True)[1] if model.pool == "mean" else V
+    names = [[an(" ".join(w for w in x[:4] if w)) for x in s["things"]] + [f"{s['background']}"] for s in S]
+    at, enc = 0, encode_texts(model, tok, [x for group in names for x in group])
+    ious, patch_hits, hits, chance, patch_words = [], [], {"colour": [], "shape": []}, [], []
+    similarity = torch.einsum("bld,bpd->blp", T, V)                                            # a word's best patch: SPARC's s
+    cosine = torch.einsum("bld,bpd->blp", unit(T), unit(V)).masked_fill(~M[..., None], float("-inf"))
+    best_patch = (cosine if loss == "filip" else similarity).argmax(2).cpu()
+    best_word = cosine.argmax(1).cpu()                                                         # (B, P): FILIP's m_k
+    for i, s in enumerate(tqdm(S, "alignment", disable=not progress, leave=False)):
+        cover = patch_coverage(s["masks"], grid)                                               # (N, P)
+        k = len(s["things"])
+        label = segment(loss, Vs[i], names[i], [x[at:at + k + 1] for x in enc]).cpu()
+        at += k + 1
+        pixels = label.view(grid, grid).repeat_interleave(size // grid, 0).repeat_interleave(size // grid, 1)
+        for c, mask in enumerate(torch.from_numpy(s["masks"])):
+            ious.append((((pixels == c) & mask).sum() / ((pixels == c) | mask).sum()).item())
+        positions = word_tokens(tok, s["words"])
+        for w, pos in zip(s["words"], positions):
+            if w.kind in hits and pos[-1] < T.shape[1]:
+                hits[w.kind].append((cover[w.thing, best_patch[i, pos[-1]]] >= 0.25).item())   # a word of several tokens: its last
+                chance.append((cover[w.thing] >= 0.25).float().mean().item())
+        names_thing = {l: w.thing for w, pos in zip(s["words"], positions) for l in pos if w.thing >= 0}
+        share, thing = cover.max(0)
+        for p in (share >= 0.25).nonzero()[:, 0].tolist():
+            patch_words.append(names_thing.get(best_word[i, p].item(), -1) == thing[p].item())
+            patch_hits.append(label[p].item() == thing[p].item())
+    mean = lambda x: 100 * sum(x) / max(1, len(x))
+    out["segmentation"] = {"miou": mean(ious), "patch_acc": mean(patch_hits)}
+    out["alignment"] = {"colour_word_acc": mean(hits["colour"]), "shape_word_acc": mean(hits["shape"]), "chance": mean(chance),
+                        "patch_word_acc": mean(patch_words)}
+    matched, shuffled = local_losses(args, model, v, V, t, T, M)
+    if matched is not None:
+        out["alignment"] |= {"local": matched, "local_shuffled": shuffled, "local_gap": shuffled - matched}
+
+    pairs = [(i, s["swapped"]) for i, s in enumerate(S) if s["swapped"]]
+    index = torch.tensor([i for i, _ in pairs], device=v.device)
+    own = similarity_of_pairs(loss, v[index], V[index], t[index], T[index], M[index])
+    swapped = similarity_of_pairs(loss, v[index], V[index], *encode_texts(model, tok, [x for _, x in pairs]))
+    out["composition"] = {"swap_acc": 100 * (own > swapped).float().mean().item()}
+    return out
+
+
+@torch.no_grad()
+def local_losses(args, model, v, V, t, T, M, batch=250):
+    """Mean local loss of matched pairs and of pairs whose pictures are shuffled, or (None, None) for an objective without one."""
+    sums = torch.zeros(2)
+    for i in range(0, len(v), batch):
+        for k, shift in enumerate((0, 1)):
+            j = slice(i, i + batch)
+            f = {"v": v[j], "V": V[j].roll(shift, 0), "t": t[j], "T": T[j], "M": M[j], "scale": model.logit_scale.exp()}
+            parts = OBJECTIVES[args.loss](f, args)
+            if "local" not in parts:
+                return None, None
+            sums[k] += parts["local"].item() * len(v[j])
+    return (sums / len(v)).tolist()
+
+
+def similarity_of_pairs(loss, v, V, t, T, M):
+    """Score of each picture with the text of the same row -> (B,)."""
+    if loss != "filip":
+        return (unit(v) * unit(t)).sum(-1)
+    return torch.cat([filip_similarity(V[i:i + 1], T[i:i + 1], M[i:i + 1])[0][0] for i in range(len(V))])
+
+
+def on_pairs(model, tok, args, path, progress=True):
+    """Retrieval on a CSV: every picture, every caption."""
+    data = open_dataset(path)
+    vs, Vs, size = [], [], model.config["image_size"]
+    for i in tqdm(range(0, len(data), 100), "pictures", disable=not progress, leave=False):
+        v, V = encode_images(model, [center_crop(data.open(k), size) for k in range(i, min(i + 100, len(data)))])
+        vs.append(v); Vs.append(V)
+    t, T, M = encode_texts(model, tok, data.texts())
+    owner = torch.tensor([i for i, c in enumerate(data.captions) for _ in c], device=t.device)
+    return {"retrieval": retrieval(*similarities(args.loss, torch.cat(vs), torch.cat(Vs), t, T, M), owner)}
+
+
+def evaluate(folder, data=None, n=1000, device="cpu", progress=True):
+    """Evaluate a run folder and write its metrics.json -> the metrics."""
+    model, tok, args = load_run(folder, device)
+    data = data or (args.data if args.data == "scenes" else args.val)
+    if not data:
+        raise UserError(f"{folder} was trained on {args.data}: name the pictures to evaluate on with --data FILE.csv")
+    if data == "scenes" and args.data != "scenes":
+        raise UserError(f"{folder} was trained on {args.data}, not on scenes: give --data FILE.csv")
+    metrics = on_scenes(model, tok, args, n, progress=progress) if data == "scenes" else on_pairs(model, tok, args, data, progress)
+    metrics["about"] = {"loss": args.loss, "model": args.model, "data": data, "step": read_checkpoint(os.path.join(folder, "last.pt"))["step"]}
+    path = os.path.join(folder, "metrics.json")
+    with open(path + ".tmp", "w") as f:
+        json.dump(metrics, f, indent=1)
+    os.replace(path + ".tmp", path)
+    return metrics
+
+
+def table(runs):
+    """{name: metrics} -> a Markdown table, one row a metric, one column a run."""
+    rows = list(dict.fromkeys((g, k) for m in runs.values() for g in m if g != "about" for k in m[g]))
+    width = max(len(f"{g} {k}") for g, k in rows)
+    lines = [f"| {'':{width}} | " + " | ".join(f"{n:>8}" for n in runs) + " |", f"|{'-' * (width + 2)}|" + "|".join("-" * (max(8, len(n)) + 1) + ":" for n in runs) + "|"]
+    for g, k in rows:
+        cells = [f"{m[g][k]:.{2 if 'local' in k else 1}f}" if k in m.get(g, {}) else "" for m in runs.values()]
+        lines.append(f"| {g + ' ' + k:{width}} | " + " | ".join(f"{c:>{max(8, len(n))}}" for c, n in zip(cells, runs)) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    ap = argparse.ArgumentParser(description="Evaluate runs: prints a table (one column a run) and writes metrics.json in each run folder.")
+    ap.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, such as runs/sparc")
+    ap.add_argument("--data", help="scenes, or a CSV with the columns image,caption (default: what the run was trained for)")
+    ap.add_argument("--n", type=int, default=1000, help="number of test scenes")
+    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    args = ap.parse_args()
+    print(table({os.path.basename(os.path.normpath(r)): evaluate(r, args.data, args.n, args.device) for r in args.runs}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        raise SystemExit(f"eval.py: {e}")

@@ -1,0 +1,417 @@
+"""Train: one process, or many under torchrun; CPU or GPU; built-in scenes or real pictures.
+
+    torchrun train.py --loss sparc                                    # scenes, no download, minutes on two CPU cores
+    torchrun --nproc-per-node 8 train.py --loss filip --model ViT-B/32 --data photos/train.csv --batch-size 4096
+
+Covers: SPARC 4.1 and D.4 (AdamW, warm-up, cosine, weights of the losses), FILIP 3.1.1 (half-precision gather, token selection).
+
+A run folder holds last.pt (weights, optimiser, vocabulary, options), log.csv, args.json and, at the end, metrics.json and align.png.
+What a step sees depends on the seed and the step alone, so a run that is killed and resumed ends with the numbers of one that was not.
+
+Differs from the papers: the defaults suit scenes. SPARC trains with 16,384 pairs a batch, local weight 0.5 to 10 and patches that do not
+pass through h_v: `--local-weight 1 --no-patches-through-h` gives that (README, "What we found"). Weight decay spares gains, biases,
+embeddings and the scale (FILIP's list; SPARC gives none). The scale is clamped to 1..100 after each step.
+"""
+import argparse, csv, json, math, os, random, signal, sys, time
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+import eval as evaluation
+import model as models
+import visualize
+from data import Batches, Scenes, Tokenizer, UserError, normalize, open_dataset
+from losses import DTYPES, OBJECTIVES
+
+# For --model tiny: what suits 56-pixel scenes, and what suits photographs.
+DEFAULTS = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, steps=2000, lr=2e-3, crop=None, vocab="learn:1000", context_length=32),
+            "files": dict(image_size=112, patch_size=16, layers=4, width=192, steps=3000, lr=1e-3, crop=0.5, vocab="learn:8000", context_length=48)}
+
+
+def options():
+    ap = argparse.ArgumentParser(description="Train an image-text model with one of the papers' objectives.",
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = ap.add_argument_group("what to train")
+    g.add_argument("--loss", default="sparc", choices=list(OBJECTIVES), help="objective")
+    g.add_argument("--model", default="tiny", help=f"one of {', '.join(models.CONFIGS)}")
+    g.add_argument("--pool", choices=("cls", "mean"), help="[CLS] and EOT, or averages and h_v (None: the model's own; tiny: mean)")
+    g.add_argument("--data", default="scenes", help="scenes (built in), or a CSV with the columns image,caption")
+    g.add_argument("--val", help="CSV to validate on (None: the file val.csv beside --data, if there is one)")
+    g.add_argument("--vocab", help="learn:N (from the captions) or the path of CLIP's merges file (None: scenes learn:1000, files learn:8000)")
+    g.add_argument("--context-length", type=int, help="longest text in tokens; longer ones are cut (None: the model's; tiny: scenes 32, files 48)")
+    g.add_argument("--image-size", type=int, help="picture side in pixels (None: the model's; tiny: scenes 56, files 112)")
+    g.add_argument("--patch-size", type=int, help="patch side in pixels (None: the model's; tiny: scenes 8, files 16)")
+    g.add_argument("--layers", type=int, help="blocks in each tower (None: the model's; tiny: scenes 2, files 4)")
+    g.add_argument("--width", type=int, help="width of both towers, a multiple of 64 (None: the model's; tiny: scenes 128, files 192)")
+    g.add_argument("--crop", type=float, help="least area of the random crop, 1 for none but a random place (None: scenes no crop, files 0.5)")
+    g.add_argument("--paraphrase", type=float, default=0.0, help="scenes: share of captions told in other words (FILIP's back-translation)")
+    g.add_argument("--mismatch", type=float, default=0.0, help="scenes: probability of each kind of mismatch between picture and words")
+    g = ap.add_argument_group("objective")
+    g.add_argument("--global-weight", type=float, default=0.5, help="sparc: weight of the global loss")
+    g.add_argument("--local-weight", type=float, default=0.1, help="sparc: weight of the local loss; the paper tries 0.5 to 10")
+    g.add_argument("--sigma", type=float, help="sparc: sparsity threshold in 0..1; 0 keeps all patches (None: the paper's 1/patches)")
+    g.add_argument("--softmax", action="store_true", help="sparc: softmax weights in place of eqs. 2-4 (ablation)")
+    g.add_argument("--drop-special", action="store_true", help="sparc: leave BOS and EOT out of the local loss")
+    g.add_argument("--patches-through-h", action=argparse.BooleanOptionalAction, help="mean-pooling towers: patches pass through h_v in training "
+                   "too, as they do in SPARC's segmentation (None: yes for tiny, no for the others)")
+    g.add_argument("--keep", type=float, default=1.0, help="filip: share of the tokens sent to the other side; the paper's is 0.25")
+    g.add_argument("--gather-dtype", default="fp32", choices=list(DTYPES), help="filip: precision of the tokens sent between processes; the paper's is fp16")
+    g = ap.add_argument_group("optimisation")
+    g.add_argument("--steps", type=int, help="optimiser steps; the schedule ends there (None: scenes 2000, files 3000)")
+    g.add_argument("--batch-size", type=int, default=128, help="pairs in a step, over all processes together; halve it if memory runs out")
+    g.add_argument("--lr", type=float, help="peak learning rate (None: scenes 2e-3, files 1e-3, full-size models 5e-4)")
+    g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up from 0; raise it if the loss sticks at ln(batch)")
+    g.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's, on weight matrices only")
+    g.add_argument("--beta2", type=float, default=0.98, help="AdamW's")
+    g.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0 for no clipping")
+    g.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="autocast; auto: bf16 where it is faster, fp16 on older GPUs")
+    g.add_argument("--seed", type=int, default=0, help="of the initial weights, the data and its order")
+    g = ap.add_argument_group("run")
+    g.add_argument("--out", help="run folder (None: runs/LOSS)")
+    g.add_argument("--resume", action="store_true", help="go on from the folder's last.pt, or start if there is none yet")
+    g.add_argument("--overwrite", action="store_true", help="start afresh in a folder that already holds a run")
+    g.add_argument("--workers", type=int, default=1, help="processes that draw or read pictures, for each training process")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="where to compute")
+    g.add_argument("--log-every", type=int, default=20, help="steps between rows of log.csv")
+    g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    g.add_argument("--eval-every", type=int, default=500, help="steps between validations; 0 for none")
+    args = ap.parse_args()
+    kind = "scenes" if args.data == "scenes" else "files"
+    tiny = args.model == "tiny"
+    full = dict(steps=DEFAULTS[kind]["steps"], lr=5e-4, crop=DEFAULTS[kind]["crop"], vocab=DEFAULTS[kind]["vocab"])
+    for k, v in (DEFAULTS[kind] if tiny else full).items():
+        if getattr(args, k) is None:
+            setattr(args, k, v)
+    if args.patches_through_h is None:
+        args.patches_through_h = tiny and args.pool != "cls"
+    args.out = args.out or os.path.join("runs", args.loss)
+    beside = os.path.join(os.path.dirname(args.data), "val.csv")
+    if kind == "files" and args.val is None and os.path.isfile(beside):
+        args.val = beside
+    for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("log_every", 1), ("save_every", 1), ("eval_every", 0), ("workers", 0)):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
+    for name in ("keep", "crop"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) <= 1:
+            raise UserError(f"--{name} must lie in 0..1, above 0, not {getattr(args, name)}")
+    return args
+
+
+# Options that may change when a run is resumed: they do not change its numbers.
+FREE = {"out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every", "amp"}
+
+
+class Objective(nn.Module):
+    """Model and loss in one forward, so that DistributedDataParallel sees which parameters the loss uses."""
+
+    def __init__(self, model, args):
+        super().__init__()
+        self.model, self.args = model, args
+
+    def forward(self, batch):
+        f = self.model(normalize(batch["images"]), batch["ids"], batch["mask"])
+        return OBJECTIVES[self.args.loss](f, self.args), {k: x.detach() for k, x in f.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------------- the machine
+def start_processes(args):
+    """Join the processes of torchrun, if there are several -> rank, number of processes, device."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(args.device, local if args.device == "cuda" else None)
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"{local + 1} processes but {torch.cuda.device_count()} GPUs: lower --nproc-per-node, or use --device cpu")
+        torch.cuda.set_device(device)
+    elif world > 1:                                                # torchrun leaves each process one thread
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def pick_precision(amp, device):
+    """auto -> bf16 where a matmul in it really is faster, fp16 on GPUs without bf16, else off."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(1024, 1024).to(dtype)
+        x @ x
+        start = time.perf_counter()
+        for _ in range(3):
+            x @ x
+        seconds[dtype] = time.perf_counter() - start
+    return "bf16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "off"
+
+
+# ---------------------------------------------------------------------------------------------------------- schedule and optimiser
+def learning_rate(step, args):
+    """Linear from 0 to the peak over the warm-up, then half a cosine to 0."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+
+def make_optimizer(model, args):
+    """AdamW; no decay on gains, biases, token and position embeddings and the scale (FILIP A.2's list)."""
+    spared = lambda name, p: p.ndim < 2 or "embedding" in name
+    groups = [{"params": [p for n, p in model.named_parameters() if spared(n, p) == s], "weight_decay": 0.0 if s else args.weight_decay}
+              for s in (False, True)]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- files of a run
+def write(path, save):
+    """Write a file as a whole or not at all: save(temporary path), then rename."""
+    try:
+        save(path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:                           # torch.save reports a full disk as RuntimeError
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise UserError(f"can't write {path} ({str(e).splitlines()[0]}): free some space or choose another --out, then --resume; "
+                        f"the last good checkpoint is kept") from None
+
+
+def write_checkpoint(path, model, optimizer, scaler, step, seconds, args, tok):
+    ckpt = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
+            "seconds": seconds, "config": model.config, "args": vars(args), "merges": tok.merges}
+
+    def save(tmp):
+        with open(tmp, "wb") as f:
+            torch.save(ckpt, f)
+            f.flush()
+            os.fsync(f.fileno())
+    write(path, save)
+
+
+def open_run(args):
+    """Make or check the run folder -> the checkpoint to go on from, or None."""
+    last = os.path.join(args.out, "last.pt")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        with open(os.path.join(args.out, ".write"), "w"):
+            pass
+        os.remove(os.path.join(args.out, ".write"))
+    except OSError as e:
+        raise UserError(f"can't write in --out {args.out} ({e.strerror}): choose another folder") from None
+    if not os.path.exists(last):
+        return None
+    if args.overwrite:
+        return None
+    if not args.resume:
+        raise UserError(f"{args.out} already holds a run: add --resume to go on with it, --overwrite to start afresh, or another --out")
+    ckpt = evaluation.read_checkpoint(last)
+    wrong = [k for k, v in vars(args).items() if k not in FREE and ckpt["args"].get(k) != v]
+    if wrong:
+        was = ", ".join(f"--{k.replace('_', '-')} {ckpt['args'].get(k)} (now {getattr(args, k)})" for k in wrong)
+        raise UserError(f"{last} is a checkpoint of another run, with {was}: give the same options, or another --out")
+    args.amp = ckpt["args"]["amp"]
+    return ckpt
+
+
+class Log:
+    """log.csv: one row a logged step. Rows after the step resumed from are dropped, so that the file is that of an unbroken run."""
+
+    def __init__(self, path, step):
+        self.path, rows = path, []
+        if step and os.path.exists(path):
+            with open(path, newline="") as f:
+                rows = [r for r in csv.DictReader(f) if r["step"] and int(r["step"]) <= step]
+        self.fields = list(rows[0]) if rows else None
+
+        def save(tmp):
+            with open(tmp, "w", newline="") as f:
+                if rows:
+                    w = csv.DictWriter(f, self.fields)
+                    w.writeheader()
+                    w.writerows(rows)
+        write(path, save)
+
+    def add(self, row):
+        try:
+            with open(self.path, "a", newline="") as f:
+                if self.fields is None:
+                    self.fields = list(row)
+                    csv.DictWriter(f, self.fields).writeheader()
+                csv.DictWriter(f, self.fields).writerow(row)
+        except OSError as e:
+            raise UserError(f"can't write {self.path} ({e.strerror}): free some space, then --resume") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------------- data
+def make_data(args, merges=None):
+    """-> training data, tokeniser (the checkpoint's merges, else what --vocab says), validation pairs [(picture, caption)]."""
+    if args.data == "scenes":
+        data = Scenes(1_000_000, args.seed, args.image_size or models.CONFIGS[args.model]["image_size"], mismatch=args.mismatch, paraphrase=args.paraphrase)
+        val = Scenes(250, args.seed, data.size, "val")
+    else:
+        data = open_dataset(args.data)
+        val = open_dataset(args.val) if args.val else None
+    if merges is not None:
+        tok = Tokenizer(merges)
+    elif args.vocab.startswith("learn:"):
+        if not args.vocab[6:].isdigit():
+            raise UserError(f"--vocab {args.vocab}: the number of entries is missing, as in learn:8000")
+        tok = Tokenizer.train(data.texts(), int(args.vocab[6:]))
+    else:
+        tok = Tokenizer.clip(args.vocab)
+    return data, tok, [val.pair(i) for i in range(min(250, len(val)))] if val else []
+
+
+def report_cuts(data, tok, length):
+    texts = random.Random(0).sample(data.texts(), min(5000, len(data.texts())))
+    cut = sum(len(tok.encode(t)) + 2 > length for t in texts)
+    if cut:
+        print(f"note: {100 * cut / len(texts):.1f}% of the captions are longer than {length} tokens and lose their ends (--context-length)")
+
+
+@torch.no_grad()
+def validate(model, tok, pairs, args, autocast):
+    """R@1 both ways on the validation pairs."""
+    model.eval()
+    with autocast():
+        v, V = evaluation.encode_images(model, [im for im, _ in pairs])
+        t, T, M = evaluation.encode_texts(model, tok, [c for _, c in pairs])
+    model.train()
+    s = evaluation.similarities(args.loss, v, V, t, T, M)
+    return evaluation.retrieval(*s, torch.arange(len(pairs), device=v.device))
+
+
+# --------------------------------------------------------------------------------------------------------------------- the training
+def train(args):
+    rank, world, device = start_processes(args)
+    main = rank == 0
+    if args.model not in models.CONFIGS:
+        models.build(args.model)                                   # raises, and says which there are
+    ckpt = open_run(args) if main or args.resume else None
+    amp = [pick_precision(args.amp, device)]
+    if world > 1:
+        dist.broadcast_object_list(amp, 0)                         # one answer for all
+    args.amp = amp[0]
+    data, tok, val = make_data(args, ckpt and ckpt["merges"])
+    torch.manual_seed(args.seed)
+    model = models.build(args.model, vocab_size=tok.vocab_size, context_length=args.context_length, image_size=args.image_size,
+                         patch_size=args.patch_size, vision_layers=args.layers, text_layers=args.layers, vision_width=args.width,
+                         text_width=args.width, vision_heads=args.width and args.width // 64, text_heads=args.width and args.width // 64,
+                         pool=args.pool, patches_through_h=args.patches_through_h).to(device)
+    batches = Batches(data, tok, args.batch_size, model.config["image_size"], model.context_length, args.seed, args.crop, rank, world)
+    optimizer, scaler = make_optimizer(model, args), torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    start, seconds = 0, 0.0
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        scaler.load_state_dict(ckpt["scaler"])
+        start, seconds = ckpt["step"], ckpt["seconds"]
+    step_module = Objective(model, args)
+    if world > 1:                                                  # static_graph: an objective may leave some parameters unused
+        step_module = DistributedDataParallel(step_module, device_ids=[device.index] if device.type == "cuda" else None, static_graph=True)
+    autocast = lambda: torch.autocast(device.type, DTYPES.get(args.amp, torch.bfloat16), enabled=args.amp != "off")
+    loader = iter(torch.utils.data.DataLoader(batches, sampler=range(start, args.steps), batch_size=None, num_workers=args.workers,
+                                              pin_memory=device.type == "cuda", prefetch_factor=8 if args.workers else None))
+    last, log = os.path.join(args.out, "last.pt"), None
+    if main:
+        write(os.path.join(args.out, "args.json"), lambda tmp: open(tmp, "w").write(json.dumps(vars(args), indent=1)))
+        log = Log(os.path.join(args.out, "log.csv"), start)
+        print(f"{args.loss} on {args.data}: {models.count(model):,} parameters, {len(data):,} pictures, vocabulary {tok.vocab_size:,}, "
+              f"{args.steps - start} steps of {args.batch_size}, {world} x {device.type}, {args.amp}; results go to {args.out}")
+        report_cuts(data, tok, model.context_length)
+    stop = []                                                      # the signal that asks us to stop, if any
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, lambda number, frame: stop.append(number))
+
+    def save(step):
+        if main:
+            write_checkpoint(last, model, optimizer, scaler, step, seconds + time.perf_counter() - began, args, tok)
+
+    began = since = time.perf_counter()
+    logged = start
+    bar = tqdm(total=args.steps, initial=start, unit="step", disable=not main, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+    for step in range(start, args.steps):
+        batch = next(loader)
+        if "error" in batch:
+            raise UserError(batch["error"])
+        batch = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        with autocast():
+            parts, f = step_module(batch)
+        scaler.scale(parts["loss"]).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or float("inf"))
+
+        # One small message: the mean of every part over the ranks, and whether anyone was asked to stop.
+        names = list(parts)
+        numbers = torch.stack([*(parts[k].detach().float() for k in names), torch.tensor(float(bool(stop)), device=device)])
+        if world > 1:
+            dist.all_reduce(numbers)
+            numbers /= world
+        *values, asked = numbers.tolist()
+        loss = values[names.index("loss")]
+        if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
+            bar.close()
+            kept = f"{last} is kept as it was" if os.path.exists(last) else "no checkpoint had been written"
+            raise UserError(f"step {step + 1}: the loss is {loss}, its gradient's norm {float(norm)}; nothing was updated and {kept}. "
+                            f"Lower --lr, raise --warmup, or use --amp off")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        model.clamp_scale()
+
+        done = step + 1
+        bar.update()
+        if done % args.log_every == 0 or done == args.steps:
+            now = time.perf_counter()
+            rate, since, logged = args.batch_size * (done - logged) / (now - since), now, done
+            with torch.no_grad(), autocast():
+                s = evaluation.similarities(args.loss, *(f[k] for k in ("v", "V", "t", "T", "M")))
+                hit = (s[0].argmax(1) == torch.arange(len(f["v"]), device=device)).float().mean()
+                if "local" in parts:                               # near the matched one: the local loss does not look at the picture
+                    parts["local_shuffled"] = OBJECTIVES[args.loss](f | {"V": f["V"].roll(1, 0)}, args)["local"]
+            if main:
+                row = {"step": done, **dict(zip(names, values)), **{k: parts[k].item() for k in parts if k not in names}}
+                row |= {"scale": f["scale"].item(), "accuracy": 100 * hit.item(), "grad_norm": float(norm), "lr": learning_rate(step, args)}
+                bar.set_postfix(loss=f"{loss:.3f}", scale=f"{row['scale']:.1f}", acc=f"{row['accuracy']:.0f}%", **{"img/s": f"{rate:.0f}"})
+                row = {k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()}
+                log.add(row | {"images_per_s": f"{rate:.0f}", "seconds": f"{seconds + now - began:.1f}"})
+        if main and val and args.eval_every and done % args.eval_every == 0 and done < args.steps:
+            r = validate(model, tok, val, args, autocast)
+            bar.write(f"step {done}: validation R@1 {r['i2t_r1']:.1f} / {r['t2i_r1']:.1f} of {len(val)}")
+            since = time.perf_counter()                            # validation does not count in the rate
+        if done % args.save_every == 0 or done == args.steps or asked:
+            save(done)
+        if asked:
+            bar.close()
+            if main:
+                print(f"stopped after step {done}; --resume goes on from there")
+            return False
+    bar.close()
+    return main
+
+
+def finish(args):
+    """Evaluate and draw: what a run leaves behind."""
+    print(f"trained; evaluating {args.out}")
+    if args.data == "scenes" or args.val:
+        metrics = evaluation.evaluate(args.out, device=args.device)
+        print(evaluation.table({os.path.basename(args.out): metrics}))
+        print("pictures: " + ", ".join(visualize.draw_run(args.out, device=args.device)))
+    else:
+        print(f"no --val: evaluate with `python eval.py {args.out} --data FILE.csv`")
+
+
+if __name__ == "__main__":
+    try:
+        args = options()
+        if train(args):
+            finish(args)
+    except UserError as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
