@@ -299,7 +299,7 @@ class Scenes:
                         break
             if len(boxes) == n:
                 break
-        sizes = sorted(sizes, key=lambda s: -SIZES[s])
+        sizes, boxes = sorted(sizes, key=lambda s: -SIZES[s]), sorted(boxes, key=lambda b: b[0] - b[2])
         things = [Thing(s, pick(FILLS), c, sh, b) for s, c, sh, b in zip(sizes, colours, shapes, boxes)]
         order = sorted(range(n), key=lambda _: r.random())          # of mention
         spec = {"things": things, "order": order, "background": pick([*BACKGROUNDS]), "tell": r.random() < 0.5, "extra": None,

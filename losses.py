@@ -52,7 +52,7 @@ class _Gather(torch.autograd.Function):
         x = x.to(dtype or x.dtype).contiguous()
         out = x.new_empty(world() * len(x), *x.shape[1:])
         dist.all_gather_into_tensor(out, x)
-        return out
+        return out.to(ctx.dtype)                                   # so that the gradients that come back are not in half precision
 
     @staticmethod
     def backward(ctx, grad):
@@ -147,8 +147,8 @@ def filip_loss(V, T, M, scale, keep=1.0, gather_dtype=None):
     if world() == 1 and keep == 1:
         s_image, s_text = _late_interaction(V, T, M)
     else:
-        s_image, _ = _late_interaction(V, *(x.to(V.dtype) if x.is_floating_point() else x for x in gather_texts(T_sent, M_sent, gather_dtype)))
-        _, s_text = _late_interaction(gather(V_sent, gather_dtype).to(V.dtype), T, M)
+        s_image, _ = _late_interaction(V, *gather_texts(T_sent, M_sent, gather_dtype))
+        _, s_text = _late_interaction(gather(V_sent, gather_dtype), T, M)
     y = labels(V)
     with torch.autocast(V.device.type, enabled=False):
         i2t = F.cross_entropy(scale * s_image, y)                                              # over texts: rows of s_image
