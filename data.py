@@ -17,11 +17,23 @@ import ftfy
 import numpy as np
 import regex
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 
 class UserError(Exception):
     """Something the user can put right: its text is one sentence that says what and how. The scripts print it and exit with 2."""
+
+
+def write(path, save):
+    """Write a file as a whole or not at all: save(temporary path), then rename. What stood there before survives any failure."""
+    try:
+        save(path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:                           # torch.save reports a full disk as RuntimeError
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise UserError(f"can't write {path} ({str(e).splitlines()[0]}): free some space or choose another place; "
+                        f"what was there before is kept") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- the tokeniser
@@ -70,8 +82,8 @@ class Tokenizer:
         try:
             with gzip.open(path, "rt", encoding="utf-8") if str(path).endswith(".gz") else open(path, encoding="utf-8") as f:
                 lines = f.read().split("\n")
-        except OSError as e:
-            raise UserError(f"can't read CLIP's merges file {path} ({e.strerror or e}): take bpe_simple_vocab_16e6.txt.gz from the "
+        except (OSError, EOFError, UnicodeDecodeError) as e:
+            raise UserError(f"can't read CLIP's merges file {path} ({getattr(e, 'strerror', None) or e}): take bpe_simple_vocab_16e6.txt.gz from the "
                             f"repository openai/CLIP and give its path, or use --vocab learn:8000") from None
         merges = lines[1:49152 - 256 - 2 + 1]                       # line 0 is a version note; 48,894 merges follow
         if len(merges) != 48894 or any(len(m.split()) != 2 for m in merges):
@@ -431,8 +443,8 @@ def prompts(label, prefixes=("", "a picture of", "there is"), description="", su
 
     The defaults keep to phrases that the scenes' captions use; the papers' own ("a photo of a", "I like it.") suit web captions.
     """
-    tail = (f", {description}" if description else "") + (f". {suffix}" if suffix else "")
-    return [f"{p} {label}".strip() + tail for p in prefixes]
+    tail = ". ".join(x for x in (description, suffix) if x)
+    return [f"{p} {label}".strip() + (f", {tail}" if tail else "") for p in prefixes]
 
 
 # ------------------------------------------------------------------------------------------------------------------ real pictures
@@ -445,13 +457,16 @@ class Pairs:
         index = {}
         try:
             with open(path, newline="", encoding="utf-8-sig") as f:
-                reader = csv.DictReader(f)
-                missing = [c for c in ("image", "caption") if c not in (reader.fieldnames or [])]
+                reader = csv.DictReader(f, strict=True)
+                reader.fieldnames = [c.strip() for c in reader.fieldnames or []]
+                missing = [c for c in ("image", "caption") if c not in reader.fieldnames]
                 if missing:
                     raise UserError(f"{path} has no column {' and no column '.join(missing)}: its first line must name image,caption "
-                                    f"(found: {','.join(reader.fieldnames or ['nothing'])})")
+                                    f"(found: {','.join(reader.fieldnames) or 'nothing'})")
                 for row in reader:
                     line = reader.line_num
+                    if None in row:
+                        raise UserError(f"{path} line {line} has more cells than the first line: put a caption with commas in double quotes")
                     name, caption = row["image"] or "", (row["caption"] or "").strip()
                     if not name:
                         raise UserError(f"{path} line {line}: no image is named; fill it in or delete the line")
@@ -491,7 +506,7 @@ def open_image(path, where=""):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             im = Image.open(path)
             im.draft("RGB", (512, 512))                             # JPEGs are decoded no larger than needed
-            return im.convert("RGB")
+            return ImageOps.exif_transpose(im).convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(f"{where}{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from None
     except Exception as e:                                          # Pillow's readers raise nearly anything on a damaged file
@@ -543,7 +558,7 @@ class Batches(torch.utils.data.Dataset):
     """Item `step` is this rank's share of the global batch of that step, a function of (seed, step) alone: a resumed run sees the same.
 
     batch_size is global; each epoch is one random order of the data, its last incomplete batch dropped.
-    min_area None means no crop (the scenes' captions speak of sizes and places).
+    min_area None means the central square (scenes are drawn at that size, and their captions speak of places).
     """
 
     def __init__(self, data, tok, batch_size, size, context_length, seed=0, min_area=None, rank=0, world=1):
@@ -567,7 +582,7 @@ class Batches(torch.utils.data.Dataset):
             for i in self.order[first:first + b].tolist():
                 r = random.Random(f"{self.seed}/{epoch}/{i}")
                 im, caption = self.data.pair(i, r)
-                pairs.append((im if self.min_area is None else random_crop(im, self.size, self.min_area, r), caption))
+                pairs.append((center_crop(im, self.size) if self.min_area is None else random_crop(im, self.size, self.min_area, r), caption))
         except UserError as e:
             return {"error": str(e)}                                # an exception would reach the main process as a traceback
         return collate(pairs, self.tok, self.context_length)

@@ -19,12 +19,12 @@ All numbers are percentages, except local_gap, which is in nats. What they mean:
 Differs from the papers: SPARC does not say which text stands for "background" in segmentation; here its name in the scenes' captions.
 For FILIP a patch's similarity to a class text is its best word's, the late interaction of one patch.
 """
-import argparse, json, os
+import argparse, json, os, pathlib
 import torch
 from tqdm import tqdm
 import model as models
 from data import (BACKGROUNDS, COLOURS, SHAPES, Scenes, Tokenizer, UserError, center_crop, normalize, open_dataset, prompts, to_tensor,
-                  word_tokens)
+                  word_tokens, write)
 from losses import OBJECTIVES, filip_similarity, unit
 
 
@@ -92,7 +92,7 @@ def retrieval(s_i2t, s_t2i, owner):
     rank_i = ((s_i2t >= best) & ~own).sum(1)                                                   # strangers at or above the best own text
     true = s_t2i.gather(0, owner[None])                                                        # (1, C)
     rank_t = ((s_t2i >= true) & ~own).sum(0)
-    r = lambda rank, k: 100 * (rank < k).float().mean().item()
+    r = lambda rank, k: 100 * (rank < k).sum().item() / len(rank)
     return {f"{way}_r{k}": r(rank, k) for way, rank in (("i2t", rank_i), ("t2i", rank_t)) for k in (1, 5, 10)}
 
 
@@ -189,7 +189,7 @@ def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
     index = torch.tensor([i for i, _ in pairs], device=v.device)
     own = similarity_of_pairs(loss, v[index], V[index], t[index], T[index], M[index])
     swapped = similarity_of_pairs(loss, v[index], V[index], *encode_texts(model, tok, [x for _, x in pairs]))
-    out["composition"] = {"swap_acc": 100 * (own > swapped).float().mean().item()}
+    out["composition"] = {"swap_acc": 100 * (own > swapped).sum().item() / len(pairs)}
     return out
 
 
@@ -237,10 +237,7 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True):
         raise UserError(f"{folder} was trained on {args.data}, not on scenes: give --data FILE.csv")
     metrics = on_scenes(model, tok, args, n, progress=progress) if data == "scenes" else on_pairs(model, tok, args, data, progress)
     metrics["about"] = {"loss": args.loss, "model": args.model, "data": data, "step": read_checkpoint(os.path.join(folder, "last.pt"))["step"]}
-    path = os.path.join(folder, "metrics.json")
-    with open(path + ".tmp", "w") as f:
-        json.dump(metrics, f, indent=1)
-    os.replace(path + ".tmp", path)
+    write(os.path.join(folder, "metrics.json"), lambda tmp: pathlib.Path(tmp).write_text(json.dumps(metrics, indent=1)))
     return metrics
 
 

@@ -43,6 +43,10 @@ def world():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)          # newer name first
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
+
 class _Gather(torch.autograd.Function):
     """All ranks' x along dim 0. Backward: each rank gets the sum of all ranks' gradients for its own rows, summed in fp32."""
 
@@ -51,14 +55,14 @@ class _Gather(torch.autograd.Function):
         ctx.dtype = x.dtype
         x = x.to(dtype or x.dtype).contiguous()
         out = x.new_empty(world() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x)
+        _all_gather(out, x)
         return out.to(ctx.dtype)                                   # so that the gradients that come back are not in half precision
 
     @staticmethod
     def backward(ctx, grad):
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
         mine = grad.new_empty(len(grad) // world(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, grad)
+        _reduce_scatter(mine, grad)
         return mine.to(ctx.dtype), None
 
 
@@ -128,7 +132,7 @@ def _select(V, T, M, keep):
     """Positions of the tokens worth sending: those with the largest eq. 3 over all texts (pictures) of this process.
     -> of patches (b, kI), of text positions (b, kT); at least one each."""
     s = torch.einsum("bpd,cld->bcpl", V, T).masked_fill(~M[None, :, None], float("-inf"))
-    k_image, k_text = (max(1, int(keep * n)) for n in (V.shape[1], T.shape[1]))
+    k_image, k_text = (max(1, int(keep * n + 1e-9)) for n in (V.shape[1], T.shape[1]))
     return s.amax((1, 3)).topk(k_image).indices, s.amax((0, 2)).topk(k_text).indices
 
 

@@ -39,10 +39,10 @@ LOG_SCALE_INIT, LOG_SCALE_MAX = 2.6592600369327783, 4.605170185988092           
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computed in fp32 whatever autocast says."""
+    """Computed in fp32 (or wider) whatever autocast says."""
 
     def forward(self, x):
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class QuickGELU(nn.Module):
@@ -125,6 +125,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images, patches_through_h=False):
         B, s = len(images), self.patch_size
+        if images.shape[1:] != (3, self.grid * s, self.grid * s):
+            raise UserError(f"this model takes images (B, 3, {self.grid * s}, {self.grid * s}), not {tuple(images.shape)}: see data.center_crop")
         x = images.unfold(2, s, s).unfold(3, s, s)                                             # (B, 3, h, w, s, s)
         x = x.permute(0, 2, 3, 1, 4, 5).reshape(B, -1, 3 * s * s)                              # (B, P, 3ss): a convolution whose stride is
         x = F.linear(x, self.conv1.weight.flatten(1))                                          # its kernel is a matmul; CPUs like it better
@@ -144,7 +146,7 @@ class CLIP(nn.Module):
     def __init__(self, image_size, patch_size, vision_width, vision_layers, vision_heads, embed_dim, vocab_size, context_length,
                  text_width, text_layers, text_heads, pool, causal, patches_through_h, act):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         self.pool, self.causal, self.patches_through_h, self.context_length = pool, causal, patches_through_h, context_length
         Act = {"gelu": nn.GELU, "quickgelu": QuickGELU}[act]
         self.visual = VisionTransformer(image_size, patch_size, vision_width, vision_layers, vision_heads, embed_dim, pool, Act)
@@ -176,6 +178,8 @@ class CLIP(nn.Module):
     def encode_text(self, ids, mask):
         """ids (B,L) int64, mask (B,L) bool, True up to and including the first EOT -> t (B,D), T (B,L,D)."""
         B, L = ids.shape
+        if L > self.context_length:
+            raise UserError(f"texts of {L} tokens, but this model reads at most {self.context_length}: tokenise with context_length={self.context_length}")
         bias = torch.zeros(B, 1, 1, L, device=ids.device).masked_fill(~mask[:, None, None], float("-inf"))
         if self.causal:                                            # a real token never sees padding behind it, so the keys need no mask
             bias = torch.full((L, L), float("-inf"), device=ids.device).triu(1)
@@ -215,8 +219,12 @@ def build(name, **overrides):
     if c["image_size"] % c["patch_size"]:
         s, p = c["image_size"], c["patch_size"]
         raise UserError(f"patches of {p} pixels do not divide an image of {s}: try an image size of {max(1, s // p) * p} or {(s // p + 1) * p}")
-    if c["vision_width"] % c["vision_heads"] or c["text_width"] % c["text_heads"]:
-        raise UserError("the number of heads must divide the width in both towers")
+    for tower in ("vision", "text"):
+        w, h = c[f"{tower}_width"], c[f"{tower}_heads"]
+        if h < 1 or w % h:
+            raise UserError(f"{h} heads do not divide the {tower} tower's width {w}: the papers have width / 64 heads")
+    if c["act"] not in (None, "gelu", "quickgelu"):
+        raise UserError(f"act is gelu or quickgelu, not {c['act']!r}")
     if c["pool"] not in ("cls", "mean"):
         raise UserError(f"pool is cls or mean, not {c['pool']!r}")
     if c["patches_through_h"] and c["pool"] == "cls":

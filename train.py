@@ -12,7 +12,7 @@ Differs from the papers: the defaults suit scenes. SPARC trains with 16,384 pair
 pass through h_v: `--local-weight 1 --no-patches-through-h` gives that (README, "What we found"). Weight decay spares gains, biases,
 embeddings and the scale (FILIP's list; SPARC gives none). The scale is clamped to 1..100 after each step.
 """
-import argparse, csv, json, math, os, random, signal, sys, time
+import argparse, csv, json, math, os, pathlib, random, signal, sys, tempfile, time
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -21,7 +21,7 @@ from tqdm import tqdm
 import eval as evaluation
 import model as models
 import visualize
-from data import Batches, Scenes, Tokenizer, UserError, normalize, open_dataset
+from data import Batches, Scenes, Tokenizer, UserError, normalize, open_dataset, write
 from losses import DTYPES, OBJECTIVES
 
 # For --model tiny: what suits 56-pixel scenes, and what suits photographs.
@@ -30,7 +30,7 @@ DEFAULTS = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, ste
 
 
 def options():
-    ap = argparse.ArgumentParser(description="Train an image-text model with one of the papers' objectives.",
+    ap = argparse.ArgumentParser(description="Train an image-text model with one of the papers' objectives.", usage="train.py [options]   (--help lists them)",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = ap.add_argument_group("what to train")
     g.add_argument("--loss", default="sparc", choices=list(OBJECTIVES), help="objective")
@@ -92,6 +92,8 @@ def options():
     for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("log_every", 1), ("save_every", 1), ("eval_every", 0), ("workers", 0)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
+    if args.sigma is not None and not 0 <= args.sigma <= 1:
+        raise UserError(f"--sigma is a share of the largest similarity, in 0..1, not {args.sigma}")
     for name in ("keep", "crop"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) <= 1:
             raise UserError(f"--{name} must lie in 0..1, above 0, not {getattr(args, name)}")
@@ -100,6 +102,10 @@ def options():
 
 # Options that may change when a run is resumed: they do not change its numbers.
 FREE = {"out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every", "amp"}
+
+
+class BadData(UserError):
+    """Found by one process alone, which has to say so itself; what all processes find, the first one says."""
 
 
 class Objective(nn.Module):
@@ -165,18 +171,6 @@ def make_optimizer(model, args):
 
 
 # -------------------------------------------------------------------------------------------------------------- files of a run
-def write(path, save):
-    """Write a file as a whole or not at all: save(temporary path), then rename."""
-    try:
-        save(path + ".tmp")
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as e:                           # torch.save reports a full disk as RuntimeError
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise UserError(f"can't write {path} ({str(e).splitlines()[0]}): free some space or choose another --out, then --resume; "
-                        f"the last good checkpoint is kept") from None
-
-
 def write_checkpoint(path, model, optimizer, scaler, step, seconds, args, tok):
     ckpt = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
             "seconds": seconds, "config": model.config, "args": vars(args), "merges": tok.merges}
@@ -194,14 +188,13 @@ def open_run(args):
     last = os.path.join(args.out, "last.pt")
     try:
         os.makedirs(args.out, exist_ok=True)
-        with open(os.path.join(args.out, ".write"), "w"):
+        with tempfile.TemporaryFile(dir=args.out):
             pass
-        os.remove(os.path.join(args.out, ".write"))
+        if args.overwrite and not args.resume and os.path.exists(last):
+            os.remove(last)                                        # or a later --resume would go on from the old run
     except OSError as e:
         raise UserError(f"can't write in --out {args.out} ({e.strerror}): choose another folder") from None
     if not os.path.exists(last):
-        return None
-    if args.overwrite:
         return None
     if not args.resume:
         raise UserError(f"{args.out} already holds a run: add --resume to go on with it, --overwrite to start afresh, or another --out")
@@ -263,6 +256,11 @@ def make_data(args, merges=None):
     return data, tok, [val.pair(i) for i in range(min(250, len(val)))] if val else []
 
 
+def ignore_ctrl_c(worker):
+    """Ctrl-C reaches the data workers too; the main process decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def report_cuts(data, tok, length):
     texts = random.Random(0).sample(data.texts(), min(5000, len(data.texts())))
     cut = sum(len(tok.encode(t)) + 2 > length for t in texts)
@@ -297,7 +295,7 @@ def train(args):
     torch.manual_seed(args.seed)
     model = models.build(args.model, vocab_size=tok.vocab_size, context_length=args.context_length, image_size=args.image_size,
                          patch_size=args.patch_size, vision_layers=args.layers, text_layers=args.layers, vision_width=args.width,
-                         text_width=args.width, vision_heads=args.width and args.width // 64, text_heads=args.width and args.width // 64,
+                         text_width=args.width, vision_heads=args.width and max(1, args.width // 64), text_heads=args.width and max(1, args.width // 64),
                          pool=args.pool, patches_through_h=args.patches_through_h).to(device)
     batches = Batches(data, tok, args.batch_size, model.config["image_size"], model.context_length, args.seed, args.crop, rank, world)
     optimizer, scaler = make_optimizer(model, args), torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -311,11 +309,11 @@ def train(args):
     if world > 1:                                                  # static_graph: an objective may leave some parameters unused
         step_module = DistributedDataParallel(step_module, device_ids=[device.index] if device.type == "cuda" else None, static_graph=True)
     autocast = lambda: torch.autocast(device.type, DTYPES.get(args.amp, torch.bfloat16), enabled=args.amp != "off")
-    loader = iter(torch.utils.data.DataLoader(batches, sampler=range(start, args.steps), batch_size=None, num_workers=args.workers,
+    loader = iter(torch.utils.data.DataLoader(batches, sampler=range(start, args.steps), batch_size=None, num_workers=args.workers, worker_init_fn=ignore_ctrl_c,
                                               pin_memory=device.type == "cuda", prefetch_factor=8 if args.workers else None))
     last, log = os.path.join(args.out, "last.pt"), None
     if main:
-        write(os.path.join(args.out, "args.json"), lambda tmp: open(tmp, "w").write(json.dumps(vars(args), indent=1)))
+        write(os.path.join(args.out, "args.json"), lambda tmp: pathlib.Path(tmp).write_text(json.dumps(vars(args), indent=1)))
         log = Log(os.path.join(args.out, "log.csv"), start)
         print(f"{args.loss} on {args.data}: {models.count(model):,} parameters, {len(data):,} pictures, vocabulary {tok.vocab_size:,}, "
               f"{args.steps - start} steps of {args.batch_size}, {world} x {device.type}, {args.amp}; results go to {args.out}")
@@ -334,7 +332,7 @@ def train(args):
     for step in range(start, args.steps):
         batch = next(loader)
         if "error" in batch:
-            raise UserError(batch["error"])
+            raise BadData(batch["error"])
         batch = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -410,7 +408,8 @@ if __name__ == "__main__":
         if train(args):
             finish(args)
     except UserError as e:
-        print(f"train.py: {e}", file=sys.stderr)
+        if isinstance(e, BadData) or os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -14,7 +14,7 @@ import argparse, os
 import torch
 from PIL import Image, ImageDraw, ImageFont
 import eval as evaluation
-from data import WORDS, Scenes, UserError, center_crop, clean, open_dataset, open_image, word_tokens, Word
+from data import WORDS, Scenes, UserError, center_crop, clean, open_dataset, open_image, word_tokens, write, Word
 from losses import unit
 
 SIDE, MARGIN, LINE = 280, 10, 22                                     # of one panel, between panels, of one line of text, in pixels
@@ -106,11 +106,7 @@ def stack(rows, path):
     for r in rows:
         out.paste(r, (0, y))
         y += r.height
-    try:
-        out.save(path + ".tmp", format="PNG")
-        os.replace(path + ".tmp", path)
-    except OSError as e:
-        raise UserError(f"can't write {path} ({e.strerror or e}): choose another --out") from None
+    write(path, lambda tmp: out.save(tmp, format="PNG"))
     return path
 
 
