@@ -185,7 +185,7 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moo
 COLOURS = {"red": (214, 39, 40), "orange": (255, 140, 20), "yellow": (250, 225, 50), "green": (50, 165, 70),
            "cyan": (60, 205, 220), "blue": (40, 75, 215), "purple": (130, 50, 170), "pink": (250, 130, 185)}
 FILLS = ("", "striped", "dotted")                                   # "" is plain, and no word says so
-SIZES = {"small": 0.23, "": 0.34, "large": 0.44}                    # diameter / picture side
+SIZES = {"small": 2, "": 3}                                         # diameter in sevenths of the picture: 16 and 24 of 56 pixels
 BACKGROUNDS = {"sand": ((196, 178, 140), 14), "snow": ((236, 240, 244), 8), "wood": ((120, 88, 60), 16), "slate": (( 66, 70, 76), 12)}
 HELD_OUT = {(c, SHAPES[(3 * i + 1) % 8]) for i, c in enumerate(list(COLOURS)[:6])}   # 6 of 64 pairs: only in split "composition"
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -248,10 +248,15 @@ def texture(name, size):
 class Scenes:
     """Small pictures of coloured shapes with exact ground truth, drawn on demand and the same on every machine.
 
-    n: how many. seed: another seed is another set. size: side in pixels. split: "train", "val", "test" never share a scene;
-    "composition" has at least one colour-shape pair in each scene that no other split ever shows. objects: least and most objects.
+    n: how many. seed: another seed is another set. size: side in pixels, a multiple of 7. split: "train", "val", "test" never share a
+    scene; "composition" has at least one colour-shape pair in each scene that no other split ever shows. objects: least and most
+    objects, fewer more often. Objects lie on a 7 x 7 grid: at 8 pixels a patch, a small network sees shapes in minutes only so.
     mismatch: probability of each of PyramidCLIP's three mismatches, drawn independently: words about nothing in the picture, an
     object that the caption leaves out, an object that the detector leaves out.
+    family: so many scenes in a row have the same colours, sizes, places and background and differ in shapes alone, and Batches keeps
+    them together; default 4 for "train", else 1. Without these hard negatives a batch can be told apart without looking at shapes.
+    omit: in pair(i, r), training's captions, a mention lacks its colour ("a small star") with this probability, and its shape ("a red
+    thing") with the same. paraphrase: the share of them told in other words. Both leave scenes[i] as it is.
     Outside "train" no two scenes hold the same set of objects (unique=False lifts that). Within a scene all colours differ
     and all shapes differ, so each word has exactly one referent.
 
@@ -264,9 +269,11 @@ class Scenes:
       summary str, objects str    PyramidCLIP's T_S and T_OA;   boxes (N, 4) in 0..1;   rois (N, 2052)
     """
 
-    def __init__(self, n, seed=0, size=56, split="train", objects=(1, 4), mismatch=0.0, unique=None, paraphrase=0.0):
+    def __init__(self, n, seed=0, size=56, split="train", objects=(1, 4), mismatch=0.0, unique=None, paraphrase=0.0, omit=0.1, family=None):
         self.n, self.seed, self.size, self.split, self.objects, self.mismatch = n, seed, size, split, objects, mismatch
-        self.paraphrase = paraphrase
+        self.paraphrase, self.omit, self.family = paraphrase, omit, family or (4 if split == "train" else 1)
+        if size < 14 or size % 7:
+            raise UserError(f"the side of a scene is a multiple of 7, from 14 on, not {size}")
         self.specs, seen = None, set()
         if split != "train" if unique is None else unique:
             self.specs = []
@@ -289,32 +296,37 @@ class Scenes:
 
     def draw_lots(self, i, attempt=0):
         """What scene i holds, without its pixels. Only Random.random() is used: its stream is the same in every Python."""
-        r = random.Random(f"{self.split}/{self.seed}/{i}/{attempt}")
+        r = random.Random(f"{self.split}/{self.seed}/{i // self.family}/{attempt}")                # the family's
+        own = random.Random(f"{self.split}/{self.seed}/{i}/{attempt}/own")
         pick = lambda seq: seq[int(r.random() * len(seq))]
         lo, hi = self.objects
-        n = lo + int(r.random() * (hi - lo + 1))
+        n, unit = lo + int(r.random() ** 2 * (hi - lo + 1)), self.size // 7
+        few = lambda names, r: sorted(names, key=lambda _: r.random())[:n]
+        colours = few(COLOURS, r)
         while True:
-            colours, shapes = (sorted(x, key=lambda _: r.random())[:n] for x in (COLOURS, SHAPES))
+            shapes = few(SHAPES, own)
             held = HELD_OUT.intersection(zip(colours, shapes))
             if bool(held) == (self.split == "composition"):
                 break
+            if self.split == "composition":
+                colours = few(COLOURS, own)
         for tries in range(10 ** 9):                                # places until nothing overlaps, new sizes now and then
             if tries % 8 == 0:
                 sizes = [pick([*SIZES]) for _ in range(n)]
             boxes = []
             for s in sorted(sizes, key=lambda s: -SIZES[s]):
-                d = int(self.size * SIZES[s] * (0.94 + 0.12 * r.random()))
-                for _ in range(12):
-                    x, y = int(r.random() * (self.size - d + 1)), int(r.random() * (self.size - d + 1))
+                d = SIZES[s] * unit
+                for _ in range(12):                                 # on a grid of sevenths, the patches of the default model
+                    x, y = (int(r.random() * (8 - SIZES[s])) * unit for _ in "xy")
                     if all(x >= b[2] or x + d <= b[0] or y >= b[3] or y + d <= b[1] for b in boxes):
                         boxes.append((x, y, x + d, y + d))
                         break
             if len(boxes) == n:
                 break
-        sizes, boxes = sorted(sizes, key=lambda s: -SIZES[s]), sorted(boxes, key=lambda b: b[0] - b[2])
+        sizes.sort(key=lambda s: -SIZES[s])
         things = [Thing(s, pick(FILLS), c, sh, b) for s, c, sh, b in zip(sizes, colours, shapes, boxes)]
         order = sorted(range(n), key=lambda _: r.random())          # of mention
-        spec = {"things": things, "order": order, "background": pick([*BACKGROUNDS]), "tell": r.random() < 0.5, "extra": None,
+        spec = {"things": things, "order": order, "background": pick([*BACKGROUNDS]), "tell": r.random() < 0.25, "extra": None,
                 "missed": None, "pixels": r.random()}
         if r.random() < self.mismatch:                              # words about nothing
             free = [(c, s) for c in COLOURS for s in SHAPES if c not in colours and s not in shapes and (c, s) not in HELD_OUT]
@@ -336,7 +348,7 @@ class Scenes:
             mask, pattern = sprite(t.shape, t.fill, t.box[2] - t.box[0], max(4, size // 11))
             im.paste(colour, t.box, mask)
             if pattern:
-                im.paste((250, 250, 250) if t.fill == "striped" else (25, 25, 25), t.box, pattern)
+                im.paste(tuple(c // 2 for c in colour), t.box, pattern)                        # darker stripes and dots: the outline stays
         return im
 
     def masks(self, spec):
@@ -348,20 +360,21 @@ class Scenes:
 
     # -- words
     @staticmethod
-    def phrase(t, k, colour=None):
-        article = "an" if (colour or t.colour) == "orange" and not t.size and not t.fill else "a"
-        words = [Word(article), Word(t.size, k, "size"), Word(t.fill, k, "fill"), Word(colour or t.colour, k, "colour"), Word(t.shape, k, "shape")]
-        return [w for w in words if w.text]
+    def phrase(t, k):
+        """A thing without a shape is called a thing; what else it lacks is not said."""
+        words = [w for w in (Word(t.size, k, "size"), Word(t.fill, k, "fill"), Word(t.colour, k, "colour"), Word(t.shape or "thing", k, "shape"))
+                 if w.text]
+        return [Word("an" if words[0].text[0] in "aeiou" else "a"), *words]
 
     @staticmethod
     def relation(a, b):
         dx, dy = (a.box[0] + a.box[2]) - (b.box[0] + b.box[2]), (a.box[1] + a.box[3]) - (b.box[1] + b.box[3])
         return ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
 
-    def words(self, spec, style=0, colours=None):
+    def words(self, spec, style=0):
         """style 0: the caption, "a red star left of a small blue ring and ..."; 1: each pair told from the other side; 2: a plain list."""
         things, order = spec["things"], list(spec["order"])
-        say = lambda k: self.phrase(things[k], k, colours and colours[k])
+        say = lambda k: self.phrase(things[k], k)
         out = [Word("there"), Word("is")] if style == 1 else [Word("a"), Word("picture"), Word("of")] if style == 2 else []
         for n in range(0, len(order), 2):
             a, b = (order[n:n + 2] + [None])[:2]
@@ -382,19 +395,24 @@ class Scenes:
     def swapped(self, spec):
         if len(spec["order"]) < 2:
             return None
-        colours, (a, b) = [t.colour for t in spec["things"]], spec["order"][:2]
-        colours[a], colours[b] = colours[b], colours[a]
-        return join(self.words(spec, 0, colours))
+        things, (a, b) = list(spec["things"]), spec["order"][:2]
+        things[a], things[b] = (things[x]._replace(colour=things[y].colour) for x, y in ((a, b), (b, a)))
+        return join(self.words(spec | {"things": things}))
 
     def pair(self, i, r=None):
-        """(picture, caption) of scene i; with r, a random.Random, and `paraphrase` > 0 the caption may be a paraphrase."""
+        """(picture, caption) of scene i. With r, a random.Random, the caption may be a paraphrase, and may leave out colours and shapes."""
         spec = self.spec(i)
-        style = 1 + int(2 * r.random()) if r and self.paraphrase and r.random() < self.paraphrase else 0
-        return self.draw(spec), join(self.words(spec, style))
+        image, style = self.draw(spec), 0
+        if r:
+            style = 1 + int(2 * r.random()) if r.random() < self.paraphrase else 0
+            lots = [r.random() for _ in spec["things"]]
+            spec = spec | {"things": [t._replace(colour="") if x < self.omit else t._replace(shape="") if x < 2 * self.omit else t
+                                      for t, x in zip(spec["things"], lots)]}
+        return image, join(self.words(spec, style))
 
     def texts(self):
         """Captions to learn a vocabulary from: with 2,000 of them no word of the scenes is missing."""
-        return [join(self.words(self.spec(i), style)) for i in range(min(self.n, 2000)) for style in (0, 1, 2)]
+        return [join(self.words(self.spec(i), style)) for i in range(min(self.n, 2000)) for style in (0, 1, 2)] + ["a thing"]
 
     def __getitem__(self, i):
         if not 0 <= i < self.n:
@@ -571,10 +589,12 @@ class Batches(torch.utils.data.Dataset):
         self.seed, self.min_area, self.rank, self.world, self.epoch, self.order = seed, min_area, rank, world, None, None
 
     def __getitem__(self, step):
-        epoch, k = divmod(step, len(self.data) // self.batch_size)
+        family = getattr(self.data, "family", 1)                   # scenes of a family stay together
+        epoch, k = divmod(step, len(self.data) // family * family // self.batch_size)
         if epoch != self.epoch:
             g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.epoch, self.order = epoch, torch.randperm(len(self.data), generator=g)
+            order = torch.randperm(len(self.data) // family, generator=g)
+            self.epoch, self.order = epoch, (order[:, None] * family + torch.arange(family)).flatten()
         b = self.batch_size // self.world
         first = k * self.batch_size + self.rank * b
         try:

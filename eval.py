@@ -16,7 +16,7 @@ All numbers are percentages, except local_gap, which is in nats. What they mean:
                     local_gap: SPARC's local loss on shuffled pictures minus on the right ones; near 0 the "alignment" never looks
     composition     swap_acc: the caption is preferred to the same caption with two colours exchanged (chance 50)
 
-Differs from the papers: SPARC does not say which text stands for "background" in segmentation; here its name in the scenes' captions.
+Differs from the papers: SPARC does not say which text stands for "background" in segmentation; here the captions' own words, "on sand".
 For FILIP a patch's similarity to a class text is its best word's, the late interaction of one patch.
 """
 import argparse, json, os, pathlib
@@ -37,7 +37,7 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"config", "model", "merges", "args", "step"} - set(ckpt)
     except Exception as e:                                          # torch raises many kinds on a damaged file
-        raise UserError(f"{path} can't be read as a checkpoint ({str(e).splitlines()[0][:100]}); train again or take a copy") from None
+        raise UserError(f"{path} can't be read as a checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:100]}); train again or take a copy") from None
     if missing:
         raise UserError(f"{path} is no checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
     return ckpt
@@ -46,8 +46,11 @@ def read_checkpoint(path):
 def load_run(folder, device="cpu"):
     """-> model in eval mode, tokeniser, the run's options."""
     ckpt = read_checkpoint(os.path.join(folder, "last.pt"))
-    model = models.CLIP(**ckpt["config"])
-    model.load_state_dict(ckpt["model"])
+    try:
+        model = models.CLIP(**ckpt["config"])
+        model.load_state_dict(ckpt["model"])
+    except (TypeError, KeyError, RuntimeError) as e:
+        raise UserError(f"{folder}/last.pt is of another version of model.py ({str(e).splitlines()[0][:100]}): train again") from None
     return model.to(device).eval(), Tokenizer(ckpt["merges"]), argparse.Namespace(**ckpt["args"])
 
 
@@ -89,9 +92,9 @@ def retrieval(s_i2t, s_t2i, owner):
     """s (B,C) similarities; owner (C,): the picture each text belongs to -> R@1, 5, 10 both ways."""
     own = owner[None] == torch.arange(len(s_i2t), device=owner.device)[:, None]                # (B, C)
     best = s_i2t.masked_fill(~own, float("-inf")).max(1, keepdim=True).values
-    rank_i = ((s_i2t >= best) & ~own).sum(1)                                                   # strangers at or above the best own text
+    rank_i = (~(s_i2t < best) & ~own).sum(1)                                                   # strangers not below the best own text, NaN too
     true = s_t2i.gather(0, owner[None])                                                        # (1, C)
-    rank_t = ((s_t2i >= true) & ~own).sum(0)
+    rank_t = (~(s_t2i < true) & ~own).sum(0)
     r = lambda rank, k: 100 * (rank < k).sum().item() / len(rank)
     return {f"{way}_r{k}": r(rank, k) for way, rank in (("i2t", rank_i), ("t2i", rank_t)) for k in (1, 5, 10)}
 
@@ -144,15 +147,15 @@ def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
     specs = [one.spec(i) for i in range(n)]
     v1, V1 = encode_images(model, [one.draw(s) for s in specs])
     things = [s["things"][0] for s in specs]
-    by_shape = [prompts(s, [an(c) for c in COLOURS]) for s in SHAPES]                          # "a red star", "an orange star", ...
-    by_colour = [[an(f"{c} {s}") for s in SHAPES] for c in COLOURS]
+    by_shape = [prompts(s, ("a", "a small")) for s in SHAPES]
+    by_colour = [[an(f"{c} thing"), *prompts(f"{c} thing", ("a small",))] for c in COLOURS]
     shape, colour = (classify(loss, model, tok, v1, V1, classes).tolist() for classes in (by_shape, by_colour))
     out["classification"] = {"shape": 100 * sum(SHAPES[k] == x.shape for k, x in zip(shape, things)) / n,
                              "colour": 100 * sum([*COLOURS][k] == x.colour for k, x in zip(colour, things)) / n}
 
     # segmentation: patches through h_v and the adapter where the tower has h_v (SPARC D.7)
     Vs = encode_images(model, images, patches_through_h=True)[1] if model.pool == "mean" else V
-    names = [[an(" ".join(w for w in x[:4] if w)) for x in s["things"]] + [f"{s['background']}"] for s in S]
+    names = [[an(" ".join(w for w in x[:4] if w)) for x in s["things"]] + [f"on {s['background']}"] for s in S]
     at, enc = 0, encode_texts(model, tok, [x for group in names for x in group])
     ious, patch_hits, hits, chance, patch_words = [], [], {"colour": [], "shape": []}, [], []
     similarity = torch.einsum("bld,bpd->blp", T, V)                                            # a word's best patch: SPARC's s
@@ -196,6 +199,8 @@ def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
 @torch.no_grad()
 def local_losses(args, model, v, V, t, T, M, batch=250):
     """Mean local loss of matched pairs and of pairs whose pictures are shuffled, or (None, None) for an objective without one."""
+    if args.loss != "sparc":
+        return None, None
     sums = torch.zeros(2)
     for i in range(0, len(v), batch):
         for k, shift in enumerate((0, 1)):
@@ -259,7 +264,11 @@ def main():
     ap.add_argument("--n", type=int, default=1000, help="number of test scenes")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     args = ap.parse_args()
-    print(table({os.path.basename(os.path.normpath(r)): evaluate(r, args.data, args.n, args.device) for r in args.runs}))
+    if args.n < 10:
+        raise UserError(f"--n {args.n}: at least 10 scenes are needed")
+    names = [os.path.basename(os.path.normpath(r)) for r in args.runs]
+    names = names if len(set(names)) == len(names) else args.runs
+    print(table({name: evaluate(r, args.data, args.n, args.device) for name, r in zip(names, args.runs)}))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def draw_row(model, tok, loss, image, text, words):
     grid, size = model.visual.grid, model.config["image_size"]
     s, best, tokens = align(model, tok, loss, center_crop(image, size), text)
     picture = center_crop(image, size).resize((SIDE, SIDE), Image.Resampling.NEAREST if size < 100 else Image.Resampling.BICUBIC)
-    words = [(w, [p for p in pos if p < len(tokens)]) for w, pos in words]
+    words = [(w, [p for p in pos if p < len(tokens) - 1]) for w, pos in words]
     words = [(w, pos) for w, pos in words if pos][:4]
     marked = {p for _, pos in words for p in pos}
     panels = [("", picture), ("best token of each patch", grid_panel(picture, best, marked, grid))]
@@ -95,8 +95,9 @@ def find_words(tok, text, wanted=None):
     words = [Word(w) for w in WORDS.findall(clean(text))]
     hit = lambda w: w in wanted if wanted else w not in SMALL_WORDS
     found = [(w.text, pos) for w, pos in zip(words, word_tokens(tok, words)) if hit(w.text)]
-    if wanted and not found:
-        raise UserError(f"--words {' '.join(wanted)}: not in the text {text!r}")
+    missing = [w for w in wanted or [] if w not in {x.text for x in words}]
+    if missing:
+        raise UserError(f"--words {' '.join(missing)}: not in the text {text!r}")
     return found
 
 
@@ -144,6 +145,10 @@ def main():
     args = ap.parse_args()
     if bool(args.image) != bool(args.text):
         raise UserError("--image and --text go together: a picture, and the text to align with it")
+    if args.n < 1:
+        raise UserError(f"--n {args.n}: at least one picture")
+    if args.words and not args.image:
+        raise UserError("--words marks words of --text, for the picture --image")
     if args.image:
         model, tok, saved = evaluation.load_run(args.run, args.device)
         words = find_words(tok, args.text, args.words and [w.lower() for w in args.words])
