@@ -1,9 +1,9 @@
 """Losses: every objective as a pure function with explicit shapes, and the gather that lets them see all processes.
 
-    grep -n "SPARC eq. 3" *.py            # from an equation to its line
+    grep -n "SPARC eq" *.py               # from every numbered equation to its line
     pytest tests/test_losses.py           # each against a loop-by-loop transcription of the paper in float64
 
-Covers: CLIP (SPARC eq. 1), FILIP 3.1, SPARC 2 and appendix C.
+Covers: CLIP, FILIP 3.1, SPARC 2 and appendix C.
 
 Letters, here and in every einsum:  b images (B), c texts (C), p patches (P), l m text positions (L), d dimensions (D).
     V (B,P,D) patches    T (C,L,D) tokens    M (C,L) bool, True up to and including the first EOT    v (B,D)    t (C,D)
@@ -93,7 +93,7 @@ def labels(rows):
 def clip_loss(v, t, scale):
     """v (b,D) pictures, t (b,D) their texts -> scalar. CLIP's InfoNCE, the mean of both directions; SPARC 2, "global alignment"."""
     v, t = unit(v), unit(t)
-    v_to_t = scale * torch.einsum("bd,cd->bc", v, gather(t))                                   # my pictures, all texts (b, B)
+    v_to_t = scale * torch.einsum("bd,cd->bc", v, gather(t))                                   # FILIP eq. 2: my pictures, all texts (b, B)
     t_to_v = scale * torch.einsum("bd,cd->bc", t, gather(v)) if world() > 1 else v_to_t.T      # my texts, all pictures (b, B)
     y = labels(v)
     return (F.cross_entropy(v_to_t, y) + F.cross_entropy(t_to_v, y)) / 2                       # SPARC eq. 1

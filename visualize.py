@@ -3,7 +3,7 @@
     python visualize.py runs/sparc                                                       # six test scenes -> runs/sparc/align.png
     python visualize.py runs/sparc --image dog.jpg --text "a dog on the beach" --words dog beach
 
-Covers: FILIP 4.5 (word-patch alignment: each patch carries the index of its best token, eq. 4's m_k) and SPARC 2 (a word's patches, eq. 2).
+Covers: FILIP 4.5 (word-patch alignment: each patch carries the index of its best token, eq. 4's m_k) and SPARC 2 (a word's patches).
 
 From left to right: the picture; its patches with their best token's index, in red on bright patches where that token belongs to the
 words asked for, in white on dimmed ones elsewhere; then for each of these words its similarity to all patches, the best patch framed.
@@ -54,7 +54,7 @@ def grid_panel(picture, best, marked, grid):
 
 
 def word_panel(picture, s, grid):
-    """Similarity of one word to every patch (P,), min-max normalised as in SPARC eq. 2's definition, over the greyed picture."""
+    """Similarity of one word to every patch (P,), min-max normalised as SPARC does, over the greyed picture."""
     low, high = s.min(), s.max()
     x = ((s - low) / (high - low).clamp(min=1e-6)).view(grid, grid)
     cells = Image.new("RGB", (grid, grid))

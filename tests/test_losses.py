@@ -10,15 +10,14 @@ Two traps lie elsewhere: the mask made from ids in test_data.py, the text's mean
 import contextlib
 import datetime
 import math
-import sys
-from pathlib import Path
+import os
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import losses
 
 HALVES = [(range(0, 2), 5), (range(2, 4), 8)]        # which pairs each of two processes holds, and how long its captions are padded
@@ -354,3 +353,11 @@ def test_gather(ranks, dtype, size):
         assert torch.equal(y, pairs()["v"].to(dtype or torch.float64).double()) and grad.dtype == torch.float64
         expected = 3 * size * torch.tensor(rows, dtype=torch.float64)[:, None].expand(-1, 5)   # weights (1 + 2) * row, from both ranks
         torch.testing.assert_close(grad, expected, rtol=1e-6, atol=0)
+
+
+def test_each_numbered_equation_is_tagged_once():
+    """So that grep -n "SPARC eq. 3" *.py leads to one line."""
+    folder = os.path.dirname(losses.__file__)
+    source = "".join(open(os.path.join(folder, f"{name}.py"), encoding="utf-8").read() for name in ("data", "model", "losses", "train", "eval", "visualize"))
+    for paper, numbers in (("FILIP", range(1, 7)), ("SPARC", (*range(1, 8), 9))):
+        assert {n: len(re.findall(rf"{paper} eq\. {n}\b", source)) for n in numbers} == {n: 1 for n in numbers}
