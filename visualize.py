@@ -1,6 +1,6 @@
 """Pictures of what a model has aligned: FILIP's Figure 2, and where each word looks.
 
-    python visualize.py runs/sparc                                                       # six test scenes -> runs/sparc/align.png
+    python visualize.py runs/sparc                                                       # six scenes -> runs/sparc/align.png
     python visualize.py runs/sparc --image dog.jpg --text "a dog on the beach" --words dog beach
 
 Covers: FILIP 4.5 (word-patch alignment: each patch carries the index of its best token, eq. 4's m_k) and SPARC 2 (a word's patches).
@@ -119,7 +119,7 @@ def draw_run(folder, data=None, n=6, device="cpu", out=None):
         raise UserError(f"{folder} was trained on {args.data}: name a picture with --image and --text, or --data FILE.csv")
     rows = []
     if data == "scenes":
-        scenes = Scenes(n, args.seed, model.config["image_size"], "test")
+        scenes = Scenes(n, args.seed, model.config["image_size"], "test", objects=(2, 4))
         for s in (scenes[i] for i in range(n)):
             first = next(w.thing for w in s["words"] if w.thing >= 0)
             words = [(w.text, pos) for w, pos in zip(s["words"], word_tokens(tok, s["words"])) if w.thing == first]
