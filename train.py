@@ -25,7 +25,7 @@ from data import Batches, Scenes, Tokenizer, UserError, normalize, open_dataset,
 from losses import DTYPES, OBJECTIVES
 
 # For --model tiny: what suits 56-pixel scenes, and what suits photographs.
-DEFAULTS = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, steps=3200, lr=1.5e-3, crop=None, vocab="learn:1000", context_length=32),
+DEFAULTS = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, steps=3000, lr=1.5e-3, crop=None, vocab="learn:1000", context_length=32),
             "files": dict(image_size=112, patch_size=16, layers=4, width=192, steps=3000, lr=1e-3, crop=0.5, vocab="learn:8000", context_length=48)}
 
 
@@ -58,7 +58,7 @@ def options():
     g.add_argument("--keep", type=float, default=1.0, help="filip: share of the tokens sent to the other side; the paper's is 0.25")
     g.add_argument("--gather-dtype", default="fp32", choices=list(DTYPES), help="filip: precision of the tokens sent between processes; the paper's is fp16")
     g = ap.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, help="optimiser steps; the schedule ends there (None: scenes 3200, files 3000)")
+    g.add_argument("--steps", type=int, help="optimiser steps; the schedule ends there (None: scenes 3000, files 3000)")
     g.add_argument("--batch-size", type=int, default=128, help="pairs in a step, over all processes together; halve it if memory runs out")
     g.add_argument("--lr", type=float, help="peak learning rate (None: scenes 1.5e-3, files 1e-3, full-size models 5e-4)")
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up from 0; raise it if the loss sticks at ln(batch)")
