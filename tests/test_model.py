@@ -89,8 +89,8 @@ def test_shapes_and_rebuilding(pool):
 
 @pytest.mark.parametrize("name, override, remedy", [
     ("ViT-B/31", {}, "choose one of .*ViT-B/32"), ("tiny", {"depth": 3}, "no setting depth: choose from .*vision_layers"),
-    ("tiny", {"image_size": 60}, "8 pixels do not divide an image of 60: try .*56 or 64"), ("tiny", {"vision_heads": 3}, "heads must divide"),
-    ("tiny", {"text_heads": 5}, "heads must divide"), ("tiny", {"pool": "max"}, "cls or mean, not 'max'"),
+    ("tiny", {"image_size": 60}, "8 pixels do not divide an image of 60: try .*56 or 64"), ("tiny", {"vision_heads": 3}, "heads do not divide"),
+    ("tiny", {"text_heads": 5}, "heads do not divide"), ("tiny", {"pool": "max"}, "cls or mean, not 'max'"),
     ("ViT-B/32", {"patches_through_h": True}, "needs pool='mean'")])
 def test_build_errors(name, override, remedy):
     with pytest.raises(UserError, match=remedy):
