@@ -23,7 +23,7 @@ import argparse, json, os, pathlib
 import torch
 from tqdm import tqdm
 import model as models
-from data import (BACKGROUNDS, COLOURS, SHAPES, Scenes, Tokenizer, UserError, center_crop, normalize, open_dataset, prompts, to_tensor,
+from data import (COLOURS, SHAPES, Scenes, Tokenizer, UserError, center_crop, normalize, open_dataset, prompts, to_tensor,
                   word_tokens, write)
 from losses import OBJECTIVES, filip_similarity, unit
 
@@ -44,14 +44,14 @@ def read_checkpoint(path):
 
 
 def load_run(folder, device="cpu"):
-    """-> model in eval mode, tokeniser, the run's options."""
+    """-> model in eval mode, tokeniser, the run's options and its step."""
     ckpt = read_checkpoint(os.path.join(folder, "last.pt"))
     try:
         model = models.CLIP(**ckpt["config"])
         model.load_state_dict(ckpt["model"])
     except (TypeError, KeyError, RuntimeError) as e:
         raise UserError(f"{folder}/last.pt is of another version of model.py ({str(e).splitlines()[0][:100]}): train again") from None
-    return model.to(device).eval(), Tokenizer(ckpt["merges"]), argparse.Namespace(**ckpt["args"])
+    return model.to(device).eval(), Tokenizer(ckpt["merges"]), argparse.Namespace(**ckpt["args"], step=ckpt["step"])
 
 
 @torch.no_grad()
@@ -123,8 +123,8 @@ def patch_coverage(masks, grid):
     return m.view(len(m), grid, p, grid, p).mean((2, 4)).flatten(1)
 
 
-def segment(loss, V, texts, encoded):
-    """V (P,D) of one picture, class texts -> class of each patch (P,): SPARC 4.5."""
+def segment(loss, V, encoded):
+    """V (P,D) of one picture, the class texts as encode_texts gives them -> class of each patch (P,): SPARC 4.5."""
     t, T, M = encoded
     if loss == "filip":
         s = torch.einsum("pd,cld->pcl", unit(V), unit(T)).masked_fill(~M[None], float("-inf")).amax(2)
@@ -165,7 +165,7 @@ def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
     for i, s in enumerate(tqdm(S, "alignment", disable=not progress, leave=False)):
         cover = patch_coverage(s["masks"], grid)                                               # (N, P)
         k = len(s["things"])
-        label = segment(loss, Vs[i], names[i], [x[at:at + k + 1] for x in enc]).cpu()
+        label = segment(loss, Vs[i], [x[at:at + k + 1] for x in enc]).cpu()
         at += k + 1
         pixels = label.view(grid, grid).repeat_interleave(size // grid, 0).repeat_interleave(size // grid, 1)
         for c, mask in enumerate(torch.from_numpy(s["masks"])):
@@ -206,10 +206,7 @@ def local_losses(args, model, v, V, t, T, M, batch=250):
         for k, shift in enumerate((0, 1)):
             j = slice(i, i + batch)
             f = {"v": v[j], "V": V[j].roll(shift, 0), "t": t[j], "T": T[j], "M": M[j], "scale": model.logit_scale.exp()}
-            parts = OBJECTIVES[args.loss](f, args)
-            if "local" not in parts:
-                return None, None
-            sums[k] += parts["local"].item() * len(v[j])
+            sums[k] += OBJECTIVES[args.loss](f, args)["local"].item() * len(v[j])
     return (sums / len(v)).tolist()
 
 
@@ -241,7 +238,7 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True):
     if data == "scenes" and args.data != "scenes":
         raise UserError(f"{folder} was trained on {args.data}, not on scenes: give --data FILE.csv")
     metrics = on_scenes(model, tok, args, n, progress=progress) if data == "scenes" else on_pairs(model, tok, args, data, progress)
-    metrics["about"] = {"loss": args.loss, "model": args.model, "data": data, "step": read_checkpoint(os.path.join(folder, "last.pt"))["step"]}
+    metrics["about"] = {"loss": args.loss, "model": args.model, "data": data, "step": args.step}
     write(os.path.join(folder, "metrics.json"), lambda tmp: pathlib.Path(tmp).write_text(json.dumps(metrics, indent=1)))
     return metrics
 
