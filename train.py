@@ -71,7 +71,8 @@ def options():
     g.add_argument("--out", help="run folder (None: runs/LOSS)")
     g.add_argument("--resume", action="store_true", help="go on from the folder's last.pt, or start if there is none yet")
     g.add_argument("--overwrite", action="store_true", help="start afresh in a folder that already holds a run")
-    g.add_argument("--workers", type=int, default=1, help="processes that draw or read pictures, for each training process")
+    g.add_argument("--workers", type=int, help="processes that draw or read pictures, for each training process (None: 4 with a GPU; 0, the "
+                   "training process itself, on a CPU, whose cores they would take)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="where to compute")
     g.add_argument("--log-every", type=int, default=20, help="steps between rows of log.csv")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
@@ -85,6 +86,8 @@ def options():
             setattr(args, k, v)
     if args.patches_through_h is None:
         args.patches_through_h = tiny and args.pool != "cls"
+    if args.workers is None:
+        args.workers = 4 if args.device == "cuda" else 0
     args.out = args.out or os.path.join("runs", args.loss)
     beside = os.path.join(os.path.dirname(args.data), "val.csv")
     if kind == "files" and args.val is None and os.path.isfile(beside):

@@ -4,7 +4,8 @@
 
 The tokeniser is compared with a slow one written here; what the scenes say is compared with what they draw.
 """
-import collections, gzip, hashlib, os, pathlib, random, subprocess, sys
+import collections, gzip, hashlib, html, os, pathlib, random, subprocess, sys
+import ftfy
 import numpy as np
 import pytest
 import torch
@@ -309,3 +310,11 @@ def test_a_family_differs_in_shapes_alone_and_stays_in_one_batch():
     batch[0]
     pairs = batch.order.view(-1, 2)
     assert (pairs[:, 0] % 2 == 0).all() and (pairs[:, 1] == pairs[:, 0] + 1).all() and sorted(pairs.flatten().tolist()) == list(range(64))
+
+
+def test_plain_ascii_needs_no_repair():
+    """clean's short way equals its long one."""
+    r = random.Random(0)
+    for _ in range(5000):
+        s = "".join(chr(32 + int(95 * r.random())) for _ in range(int(14 * r.random())))
+        assert clean(s) == " ".join(html.unescape(html.unescape(ftfy.fix_text(s))).split()).lower()
