@@ -25,7 +25,7 @@ from tqdm import tqdm
 import model as models
 from data import (COLOURS, SHAPES, Scenes, Tokenizer, UserError, center_crop, normalize, open_dataset, prompts, to_tensor,
                   word_tokens, write)
-from losses import OBJECTIVES, filip_similarity, unit
+from losses import OBJECTIVES, WITHIN_PAIR, filip_similarity, make_head, unit
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs and features
@@ -35,7 +35,7 @@ def read_checkpoint(path):
         raise UserError(f"there is no checkpoint {path}: train one with `torchrun train.py --out {os.path.dirname(path) or '.'}`")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "model", "merges", "args", "step"} - set(ckpt)
+        missing = {"config", "model", "head", "merges", "args", "step"} - set(ckpt)
     except Exception as e:                                          # torch raises many kinds on a damaged file
         raise UserError(f"{path} can't be read as a checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:100]}); train again or take a copy") from None
     if missing:
@@ -44,14 +44,16 @@ def read_checkpoint(path):
 
 
 def load_run(folder, device="cpu"):
-    """-> model in eval mode, tokeniser, the run's options and its step."""
+    """-> model in eval mode, tokeniser, the run's options with its step and its objective's head."""
     ckpt = read_checkpoint(os.path.join(folder, "last.pt"))
     try:
         model = models.CLIP(**ckpt["config"])
         model.load_state_dict(ckpt["model"])
+        head = make_head(ckpt["args"]["loss"], ckpt["config"]["embed_dim"])
+        head.load_state_dict(ckpt["head"])
     except (TypeError, KeyError, RuntimeError) as e:
         raise UserError(f"{folder}/last.pt is of another version of model.py ({str(e).splitlines()[0][:100]}): train again") from None
-    return model.to(device).eval(), Tokenizer(ckpt["merges"]), argparse.Namespace(**ckpt["args"], step=ckpt["step"])
+    return model.to(device).eval(), Tokenizer(ckpt["merges"]), argparse.Namespace(**ckpt["args"], step=ckpt["step"], head=head.to(device).eval())
 
 
 @torch.no_grad()
@@ -198,15 +200,15 @@ def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
 
 @torch.no_grad()
 def local_losses(args, model, v, V, t, T, M, batch=250):
-    """Mean local loss of matched pairs and of pairs whose pictures are shuffled, or (None, None) for an objective without one."""
-    if args.loss != "sparc":
+    """Mean local loss (SPARC, MGCA) of matched pairs and of pairs whose pictures are shuffled, or (None, None) for an objective without one."""
+    if args.loss not in WITHIN_PAIR:
         return None, None
     sums = torch.zeros(2)
     for i in range(0, len(v), batch):
         for k, shift in enumerate((0, 1)):
             j = slice(i, i + batch)
             f = {"v": v[j], "V": V[j].roll(shift, 0), "t": t[j], "T": T[j], "M": M[j], "scale": model.logit_scale.exp()}
-            sums[k] += OBJECTIVES[args.loss](f, args)["local"].item() * len(v[j])
+            sums[k] += OBJECTIVES[args.loss](f, args, args.head)[WITHIN_PAIR[args.loss]].item() * len(v[j])
     return (sums / len(v)).tolist()
 
 

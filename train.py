@@ -22,10 +22,10 @@ import eval as evaluation
 import model as models
 import visualize
 from data import Batches, Scenes, Tokenizer, UserError, normalize, open_dataset, write
-from losses import DTYPES, OBJECTIVES
+from losses import DTYPES, OBJECTIVES, WITHIN_PAIR, make_head
 
 # For --model tiny: what suits 56-pixel scenes, and what suits photographs.
-DEFAULTS = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, steps=3000, lr=1.5e-3, crop=None, vocab="learn:1000", context_length=32),
+DEFAULTS = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, steps=3200, lr=1.5e-3, crop=None, vocab="learn:1000", context_length=32),
             "files": dict(image_size=112, patch_size=16, layers=4, width=192, steps=3000, lr=1e-3, crop=0.5, vocab="learn:8000", context_length=48)}
 
 
@@ -58,7 +58,7 @@ def options():
     g.add_argument("--keep", type=float, default=1.0, help="filip: share of the tokens sent to the other side; the paper's is 0.25")
     g.add_argument("--gather-dtype", default="fp32", choices=list(DTYPES), help="filip: precision of the tokens sent between processes; the paper's is fp16")
     g = ap.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, help="optimiser steps; the schedule ends there (None: scenes 3000, files 3000)")
+    g.add_argument("--steps", type=int, help="optimiser steps; the schedule ends there (None: scenes 3200, files 3000)")
     g.add_argument("--batch-size", type=int, default=128, help="pairs in a step, over all processes together; halve it if memory runs out")
     g.add_argument("--lr", type=float, help="peak learning rate (None: scenes 1.5e-3, files 1e-3, full-size models 5e-4)")
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up from 0; raise it if the loss sticks at ln(batch)")
@@ -116,11 +116,11 @@ class Objective(nn.Module):
 
     def __init__(self, model, args):
         super().__init__()
-        self.model, self.args = model, args
+        self.model, self.args, self.head = model, args, make_head(args.loss, model.config["embed_dim"])
 
     def forward(self, batch):
-        f = self.model(normalize(batch["images"]), batch["ids"], batch["mask"])
-        return OBJECTIVES[self.args.loss](f, self.args), {k: x.detach() for k, x in f.items()}
+        f = self.model(**{k: normalize(x) if k.startswith("images") else x for k, x in batch.items()})
+        return OBJECTIVES[self.args.loss](f, self.args, self.head), {k: x.detach() for k, x in f.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------------- the machine
@@ -165,17 +165,18 @@ def learning_rate(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
-def make_optimizer(model, args):
-    """AdamW; no decay on gains, biases, token and position embeddings and the scale (FILIP A.2's list)."""
-    spared = lambda name, p: p.ndim < 2 or "embedding" in name
-    groups = [{"params": [p for n, p in model.named_parameters() if spared(n, p) == s], "weight_decay": 0.0 if s else args.weight_decay}
+def make_optimizer(objective, args):
+    """AdamW; no decay on gains, biases, token and position embeddings and scales (FILIP A.2's list), nor on MGCA's unit prototypes."""
+    spared = lambda name, p: p.ndim < 2 or "embedding" in name or "prototypes" in name
+    groups = [{"params": [p for n, p in objective.named_parameters() if spared(n, p) == s], "weight_decay": 0.0 if s else args.weight_decay}
               for s in (False, True)]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- files of a run
-def write_checkpoint(path, model, optimizer, scaler, step, seconds, args, tok):
-    ckpt = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
+def write_checkpoint(path, objective, optimizer, scaler, step, seconds, args, tok):
+    model = objective.model
+    ckpt = {"model": model.state_dict(), "head": objective.head.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
             "seconds": seconds, "config": model.config, "args": vars(args), "merges": tok.merges}
 
     def save(tmp):
@@ -301,14 +302,16 @@ def train(args):
                          text_width=args.width, vision_heads=args.width and max(1, args.width // 64), text_heads=args.width and max(1, args.width // 64),
                          pool=args.pool, patches_through_h=args.patches_through_h).to(device)
     batches = Batches(data, tok, args.batch_size, model.config["image_size"], model.context_length, args.seed, args.crop, rank, world)
-    optimizer, scaler = make_optimizer(model, args), torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    objective = Objective(model, args).to(device)
+    optimizer, scaler = make_optimizer(objective, args), torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     start, seconds = 0, 0.0
     if ckpt:
         model.load_state_dict(ckpt["model"])
+        objective.head.load_state_dict(ckpt["head"])
         optimizer.load_state_dict(ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"])
         start, seconds = ckpt["step"], ckpt["seconds"]
-    step_module = Objective(model, args)
+    step_module = objective
     if world > 1:                                                  # static_graph: an objective may leave some parameters unused
         step_module = DistributedDataParallel(step_module, device_ids=[device.index] if device.type == "cuda" else None, static_graph=True)
     autocast = lambda: torch.autocast(device.type, DTYPES.get(args.amp, torch.bfloat16), enabled=args.amp != "off")
@@ -327,7 +330,7 @@ def train(args):
 
     def save(step):
         if main:
-            write_checkpoint(last, model, optimizer, scaler, step, seconds + time.perf_counter() - began, args, tok)
+            write_checkpoint(last, objective, optimizer, scaler, step, seconds + time.perf_counter() - began, args, tok)
 
     began = since = time.perf_counter()
     logged = start
@@ -343,7 +346,7 @@ def train(args):
             parts, f = step_module(batch)
         scaler.scale(parts["loss"]).backward()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or float("inf"))
+        norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip_grad or float("inf"))
 
         # One small message: the mean of every part over the ranks, and whether anyone was asked to stop.
         names = list(parts)
@@ -361,7 +364,7 @@ def train(args):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        model.clamp_scale()
+        models.clamp_scales(objective)
 
         done = step + 1
         bar.update()
@@ -371,8 +374,9 @@ def train(args):
             with torch.no_grad(), autocast():
                 s = evaluation.similarities(args.loss, *(f[k] for k in ("v", "V", "t", "T", "M")))
                 hit = (s[0].argmax(1) == torch.arange(len(f["v"]), device=device)).float().mean()
-                if "local" in parts:                               # near the matched one: the local loss does not look at the picture
-                    parts["local_shuffled"] = OBJECTIVES[args.loss](f | {"V": f["V"].roll(len(f["V"]) // 2, 0)}, args)["local"]
+                if args.loss in WITHIN_PAIR:                       # near the matched one: the local loss does not look at the picture
+                    shuffled = f | {"V": f["V"].roll(len(f["V"]) // 2, 0)}
+                    parts["local_shuffled"] = OBJECTIVES[args.loss](shuffled, args, objective.head)[WITHIN_PAIR[args.loss]]
             if main:
                 row = {"step": done, **dict(zip(names, values)), **{k: parts[k].item() for k in parts if k not in names}}
                 row |= {"scale": f["scale"].item(), "accuracy": 100 * hit.item(), "grad_norm": float(norm), "lr": learning_rate(step, args)}

@@ -22,7 +22,7 @@ def make_run(folder, **args):
     torch.manual_seed(0)
     model = build("tiny", vocab_size=TOK.vocab_size, **SMALL)
     folder.mkdir(exist_ok=True)
-    torch.save({"config": model.config, "model": model.state_dict(), "merges": TOK.merges, "args": ARGS | args, "step": 1},
+    torch.save({"config": model.config, "model": model.state_dict(), "head": {}, "merges": TOK.merges, "args": ARGS | args, "step": 1},
                folder / "last.pt")
     return str(folder)
 
@@ -144,7 +144,7 @@ class Oracle:
 
 
 def measure(model, loss="sparc", n=80):
-    m = evaluation.on_scenes(model, TOK, argparse.Namespace(**ARGS | {"loss": loss}), n, progress=False)
+    m = evaluation.on_scenes(model, TOK, argparse.Namespace(**ARGS | {"loss": loss}, head=torch.nn.Module()), n, progress=False)
     assert 5 < m["alignment"]["chance"] < 15
     return m
 
@@ -174,7 +174,7 @@ def test_local_gap():
     g = torch.Generator().manual_seed(0)
     T, M = torch.randn(30, 6, 16, generator=g), torch.arange(6) < torch.randint(3, 7, (30, 1), generator=g)
     t, model = T[:, 0], types.SimpleNamespace(logit_scale=torch.tensor(2.66))
-    f = lambda V, loss="sparc": evaluation.local_losses(argparse.Namespace(**ARGS | {"loss": loss}), model, t, V, t, T, M, batch=15)
+    f = lambda V, loss="sparc": evaluation.local_losses(argparse.Namespace(**ARGS | {"loss": loss}, head=torch.nn.Module()), model, t, V, t, T, M, batch=15)
     matched, shuffled = f(T[:, torch.randperm(6, generator=g)])      # each word has a patch that is its own
     assert matched < 0.3 < shuffled - 0.3
     matched, shuffled = f(T[:1].expand(30, 6, 16))                   # all pictures alike: there is nothing to look at

@@ -134,7 +134,7 @@ def test_a_broken_run_resumes_to_the_same_numbers(go, monkeypatch, tmp_path, los
     def stop():
         raise MemoryError
     with monkeypatch.context() as m:
-        m.setattr(train.models.CLIP, "clamp_scale", at_call(4, train.models.CLIP.clamp_scale, stop))      # after 3 steps; saved after 2
+        m.setattr(train.models, "clamp_scales", at_call(4, train.models.clamp_scales, stop))      # after 3 steps; saved after 2
         with pytest.raises(MemoryError):
             go("--loss", loss)
     assert len(read(tmp_path / "run")[0]) == 3 and read(tmp_path / "run")[1]["step"] == 2
@@ -145,8 +145,8 @@ def test_a_broken_run_resumes_to_the_same_numbers(go, monkeypatch, tmp_path, los
 
 
 def test_sigterm_saves_and_ends(go, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train.models.CLIP, "clamp_scale",
-                        at_call(3, train.models.CLIP.clamp_scale, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    monkeypatch.setattr(train.models, "clamp_scales",
+                        at_call(3, train.models.clamp_scales, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert go("--loss", "clip", "--save-every", 100) is False
     assert read(tmp_path / "run")[1]["step"] == 4 and "--resume goes on from there" in capsys.readouterr().out
 
@@ -154,9 +154,9 @@ def test_sigterm_saves_and_ends(go, monkeypatch, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(go, monkeypatch, tmp_path):
     calls = []
 
-    def diverging(f, a):
+    def diverging(*given):
         calls.append(1)
-        return {"loss": train_clip(f, a)["loss"] * (math.nan if len(calls) == 4 else 1)}
+        return {"loss": train_clip(*given)["loss"] * (math.nan if len(calls) == 4 else 1)}
     train_clip = train.OBJECTIVES["clip"]
     monkeypatch.setitem(train.OBJECTIVES, "clip", diverging)
     with pytest.raises(UserError, match="step 4: the loss is nan.*Lower --lr"):
