@@ -9,14 +9,17 @@ features, three kinds of mismatch), SPARC 4.1 and D.5 (prompts, eq. 9).
 Differs from the papers: they train on 15 million to 4 billion web pairs and cannot be repeated without them. `Scenes` draws its own
 pictures, with exact ground truth for everything the papers measure, so that the methods can be trained and checked on a laptop.
 A T5 summary, a back-translated caption and a detector's regions become rules here; region features are a fixed random projection.
+Real data brings its own summaries, objects and regions (Pairs says how), or does without: a caption's first clause is then its summary.
 
 The way of the data:  Scenes | Pairs  --.pair(i, r)-->  (picture, caption)  --Batches-->  {"images", "ids", "mask"}  -> model.py
+PyramidCLIP's views:                  --.views(i, picture)-->  summary, objects, regions  --Batches-->  more keys of the same dict
 """
 import argparse, collections, csv, functools, gzip, heapq, html, os, random, warnings
 import ftfy
 import numpy as np
 import regex
 import torch
+import torch.nn as nn
 from PIL import Image, ImageDraw, ImageOps
 
 
@@ -416,19 +419,28 @@ class Scenes:
         """Captions to learn a vocabulary from: with 2,000 of them no word of the scenes is missing."""
         return [join(self.words(self.spec(i), style)) for i in range(min(self.n, 2000)) for style in (0, 1, 2)] + ["a thing"]
 
+    def found(self, spec):
+        """Numbers of the things that the detector sees."""
+        return [k for k in range(len(spec["things"])) if k != spec["missed"]]
+
+    def views(self, i, image):
+        """What PyramidCLIP sees beside picture and caption: {"summary" str, "objects" str, "regions" (N, 2052)}, N things found."""
+        spec = self.spec(i)
+        things, mentioned = [spec["things"][k] for k in self.found(spec)], [spec["things"][k] for k in spec["order"]]
+        boxes = np.array([t.box for t in things], dtype=np.float32) / self.size
+        return {"summary": " and ".join(join(self.phrase(t._replace(size="", fill=""), 0)) for t in mentioned),
+                "objects": ", ".join(" ".join(w for w in t[:4] if w) for t in things), "regions": roi_features(image, boxes)}
+
     def __getitem__(self, i):
         if not 0 <= i < self.n:
             raise IndexError(i)
         spec = self.spec(i)
-        seen = [k for k in range(len(spec["things"])) if k != spec["missed"]]
-        things, image, words = [spec["things"][k] for k in seen], self.draw(spec), self.words(spec)
-        mentioned = [spec["things"][k] for k in spec["order"]]
-        boxes = np.array([t.box for t in things], dtype=np.float32) / self.size
+        seen, image, words = self.found(spec), self.draw(spec), self.words(spec)
+        things, views = [spec["things"][k] for k in seen], self.views(i, image)
         return {"image": image, "background": spec["background"], "things": things, "masks": self.masks(spec)[seen],
                 "caption": join(words), "words": [w._replace(thing=seen.index(w.thing) if w.thing in seen else -1) for w in words],
                 "paraphrases": [join(self.words(spec, style)) for style in (1, 2)], "swapped": self.swapped(spec),
-                "summary": " and ".join(join(self.phrase(t._replace(size="", fill=""), 0)) for t in mentioned),
-                "objects": ", ".join(" ".join(w for w in t[:4] if w) for t in things), "boxes": boxes, "rois": roi_features(image, boxes)}
+                "summary": views["summary"], "objects": views["objects"], "boxes": views["regions"][:, -4:], "rois": views["regions"]}
 
 
 def join(words):
@@ -447,13 +459,13 @@ def word_tokens(tok, words):
 
 @functools.lru_cache(None)
 def roi_projection():
-    return (np.random.RandomState(0).standard_normal((768, 2048)) / 768 ** 0.5).astype(np.float32)   # RandomState's stream is frozen
+    return (np.random.RandomState(0).standard_normal((192, 2048)) / 192 ** 0.5).astype(np.float32)   # RandomState's stream is frozen
 
 
 def roi_features(image, boxes):
-    """Stand-in for a detector: the object's crop at 16 x 16, projected by a fixed random matrix, then its box -> (N, 2048 + 4)."""
+    """Stand-in for a detector: the object's crop at 8 x 8, projected by a fixed random matrix, then its box -> (N, 2048 + 4)."""
     w, h = image.size
-    crops = [image.resize((16, 16), Image.Resampling.BOX, box=(b[0] * w, b[1] * h, b[2] * w, b[3] * h)) for b in boxes]
+    crops = [image.resize((8, 8), Image.Resampling.BOX, box=(b[0] * w, b[1] * h, b[2] * w, b[3] * h)) for b in boxes]
     x = np.stack([np.asarray(c, dtype=np.float32).reshape(-1) / 127.5 - 1 for c in crops])
     return np.concatenate([x @ roi_projection(), boxes], axis=1)
 
@@ -468,12 +480,21 @@ def prompts(label, prefixes=("", "a picture of", "there is"), description="", su
 
 
 # ------------------------------------------------------------------------------------------------------------------ real pictures
-class Pairs:
-    """A CSV file with the columns image,caption. Paths are relative to the file; rows of the same image are its several captions."""
+CLAUSE = regex.compile(r"(?:\S+\s+){0,2}\S*?(?:(?!\s*[,.;:]|\s+(?:and|with|while|who|which|that|as|near|next)\b).)*", regex.IGNORECASE | regex.DOTALL)
 
-    def __init__(self, path):
+
+class Pairs:
+    """A CSV file with the columns image,caption. Paths are relative to the file; rows of the same image are its several captions.
+
+    For PyramidCLIP it may have the columns summary and objects ("brown dog, green grass"), of which an image's first row counts, and
+    regions may be an .npz file: for each image, by its path in the CSV, an array (M, 2052), the detector's 2,048 features of each region
+    and its box x1, y1, x2, y2 in 0..1, the surest first.
+    """
+
+    def __init__(self, path, regions=None):
         self.path, folder = path, os.path.dirname(os.path.abspath(path))
         self.images, self.captions, self.rows = [], [], []          # parallel; captions: a list each, rows: the image's first line
+        self.names, self.summaries, self.objects = [], [], []
         index = {}
         try:
             with open(path, newline="", encoding="utf-8-sig") as f:
@@ -497,15 +518,49 @@ class Pairs:
                         if not os.path.isfile(full):
                             raise UserError(f"{path} line {line}: there is no picture {full}; paths are relative to the CSV's folder")
                         index[name] = len(self.images)
-                        self.images.append(full); self.captions.append([]); self.rows.append(line)
+                        self.images.append(full); self.names.append(name); self.captions.append([]); self.rows.append(line)
+                        for column, values in (("summary", self.summaries), ("objects", self.objects)):
+                            if column in row:
+                                values.append((row[column] or "").strip())
+                                if not values[-1]:
+                                    raise UserError(f"{path} line {line}: {column} of {name} is empty; fill it in, or leave the column out")
                     self.captions[index[name]].append(caption)
         except (OSError, UnicodeDecodeError, csv.Error) as e:
             raise UserError(f"can't read {path} as a CSV in UTF-8 ({e})") from None
         if not self.images:
             raise UserError(f"{path} has no rows below its first line")
+        self.regions, self.archive = regions, (None, None)          # opened once in each process that reads it
+        if regions:
+            missing = [n for n in self.names if n not in self.open_regions()]
+            if missing:
+                raise UserError(f"{regions} has no regions of {missing[0]} ({len(missing)} of {len(self)} pictures are missing): their names are "
+                                f"those of the column image")
+            self.views(0)
 
     def __len__(self):
         return len(self.images)
+
+    def open_regions(self):
+        if self.archive[0] != os.getpid():
+            try:
+                self.archive = os.getpid(), np.load(self.regions)
+                assert hasattr(self.archive[1], "files")
+            except Exception as e:                                  # numpy raises many kinds on a damaged file
+                raise UserError(f"can't read {self.regions} as an .npz file of regions ({type(e).__name__}): write it with numpy.savez") from None
+        return self.archive[1]
+
+    def views(self, i, image=None):
+        """{"summary" str, "objects" str if the file has them, "regions" (M, 2052) if there are any}. Without a column, the summary is
+        the caption's first clause: what stands before the first comma, full stop, "and", "with", "while", "who" or the like, from the third word on."""
+        out = {"summary": self.summaries[i] if self.summaries else CLAUSE.match(self.captions[i][0])[0].strip()}
+        if self.objects:
+            out["objects"] = self.objects[i]
+        if self.regions:
+            r = self.open_regions()[self.names[i]]
+            if r.ndim != 2 or r.shape[1] != 2052 or not len(r):
+                raise UserError(f"{self.regions}: the regions of {self.names[i]} are {r.shape}; (M, 2052) is needed, 2,048 features and a box in each row")
+            out["regions"] = r.astype(np.float32)
+        return out
 
     def texts(self):
         return [c for cs in self.captions for c in cs]
@@ -534,13 +589,13 @@ def open_image(path, where=""):
         raise UserError(f"{where}can't read {path} as a picture ({why}); replace it or take it out") from None
 
 
-def open_dataset(path):
-    """The dataset at a path: a CSV file with the columns image,caption."""
+def open_dataset(path, regions=None):
+    """The dataset at a path: a CSV file with the columns image,caption. regions: an .npz file, for PyramidCLIP."""
     if not os.path.isfile(path):
         raise UserError(f"--data {path}: no such file; give a CSV with the columns image,caption, or `scenes`")
     if not path.lower().endswith(".csv"):
         raise UserError(f"--data {path}: its name must end in .csv (columns image,caption)")
-    return Pairs(path)
+    return Pairs(path, regions)
 
 
 # ------------------------------------------------------------------------------------------------------------- crops and batches
@@ -579,9 +634,10 @@ class Batches(torch.utils.data.Dataset):
 
     batch_size is global; each epoch is one random order of the data, its last incomplete batch dropped.
     min_area None means the central square (scenes are drawn at that size, and their captions speak of places).
+    views: with PyramidCLIP's, among them a second crop of at least local_area, unless that is None.
     """
 
-    def __init__(self, data, tok, batch_size, size, context_length, seed=0, min_area=None, rank=0, world=1):
+    def __init__(self, data, tok, batch_size, size, context_length, seed=0, min_area=None, rank=0, world=1, views=False, local_area=None):
         if batch_size > len(data):
             raise UserError(f"--batch-size {batch_size} is larger than the data ({len(data)} pictures): lower it")
         if batch_size % world:
@@ -589,6 +645,7 @@ class Batches(torch.utils.data.Dataset):
                             f"try {max(1, batch_size // world) * world}")
         self.data, self.tok, self.batch_size, self.size, self.context_length = data, tok, batch_size, size, context_length
         self.seed, self.min_area, self.rank, self.world, self.epoch, self.order = seed, min_area, rank, world, None, None
+        self.with_views, self.local_area = views, local_area
 
     def __getitem__(self, step):
         family = getattr(self.data, "family", 1)                   # scenes of a family stay together
@@ -600,21 +657,41 @@ class Batches(torch.utils.data.Dataset):
         b = self.batch_size // self.world
         first = k * self.batch_size + self.rank * b
         try:
-            pairs = []
+            pairs, views = [], []
             for i in self.order[first:first + b].tolist():
                 r = random.Random(f"{self.seed}/{epoch}/{i}")
                 im, caption = self.data.pair(i, r)
                 pairs.append((center_crop(im, self.size) if self.min_area is None else random_crop(im, self.size, self.min_area, r), caption))
+                if self.with_views:
+                    views.append(self.data.views(i, im))
+                    if self.local_area is not None:
+                        views[-1]["images_l"] = random_crop(im, self.size, self.local_area, r)
         except UserError as e:
             return {"error": str(e)}                                # an exception would reach the main process as a traceback
-        return collate(pairs, self.tok, self.context_length)
+        return collate(pairs, self.tok, self.context_length, views)
 
 
-def collate(pairs, tok, context_length):
-    """[(picture, caption)] -> {"images" (b,3,H,W) uint8, "ids" (b,L) int64, "mask" (b,L) bool}, L the longest of the batch."""
-    ids, mask = tok([c for _, c in pairs], context_length)
-    L = int(mask.sum(1).max())
-    return {"images": to_tensor([im for im, _ in pairs]), "ids": ids[:, :L], "mask": mask[:, :L]}
+def collate(pairs, tok, context_length, views=()):
+    """[(picture, caption)] -> {"images" (b,3,H,W) uint8, "ids" (b,L) int64, "mask" (b,L) bool}, L the longest of the batch.
+    views: [{name: view}] of the same length, for PyramidCLIP -> "images_l" as images; "summary", "objects" (b,L') ids and "regions"
+    (b,M,2052), each with its mask, "summary_mask" (b,L') and so on."""
+    def tokens(texts):
+        ids, mask = tok(texts, context_length)
+        L = int(mask.sum(1).max())
+        return ids[:, :L], mask[:, :L]
+
+    ids, mask = tokens([c for _, c in pairs])
+    batch = {"images": to_tensor([im for im, _ in pairs]), "ids": ids, "mask": mask}
+    for name in views[0] if views else ():
+        column = [v[name] for v in views]
+        if name == "images_l":
+            batch[name] = to_tensor(column)
+        elif name == "regions":
+            batch[name] = nn.utils.rnn.pad_sequence([torch.from_numpy(r) for r in column], batch_first=True)
+            batch["regions_mask"] = torch.arange(batch[name].shape[1]) < torch.tensor([len(r) for r in column])[:, None]
+        else:
+            batch[name], batch[f"{name}_mask"] = tokens(column)
+    return batch
 
 
 def main():

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import model as models
 from data import (COLOURS, SHAPES, Scenes, Tokenizer, UserError, center_crop, normalize, open_dataset, prompts, to_tensor,
                   word_tokens, write)
-from losses import OBJECTIVES, WITHIN_PAIR, filip_similarity, make_head, unit
+from losses import OBJECTIVES, WITHIN_PAIR, filip_similarity, make_head, pacl_similarity, unit
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs and features
@@ -80,8 +80,11 @@ def encode_texts(model, tok, texts, batch=500):
 def similarities(loss, v, V, t, T, M, rows=16):
     """Scores of all pictures with all texts -> (ranking texts for a picture, ranking pictures for a text), both (B,C), rows pictures.
 
-    Late interaction for FILIP (2.6 million times P x L products at 1,000 x 1,000, so by blocks of rows), cosine for the others.
+    Late interaction for FILIP (by blocks of rows), text-wise pooling for PACL, cosine of the global embeddings for the others.
     """
+    if loss == "pacl":
+        s = pacl_similarity(V, t)
+        return s, s
     if loss != "filip":
         s = unit(v) @ unit(t).T
         return s, s
@@ -103,11 +106,11 @@ def retrieval(s_i2t, s_t2i, owner):
 
 def classify(loss, model, tok, v, V, classes):
     """v (B,D), V (B,P,D); classes: a list of prompts for each class -> predictions (B,).
-    CLIP averages the prompts' unit text vectors; FILIP, whose tokens can't be averaged, their similarities (FILIP 3.1.2)."""
+    CLIP averages the prompts' unit text vectors; FILIP, whose tokens can't be averaged, their similarities (FILIP 3.1.2); PACL too."""
     scores = []
     for texts in classes:
         t, T, M = encode_texts(model, tok, texts)
-        if loss == "filip":
+        if loss in ("filip", "pacl"):
             scores.append(similarities(loss, v, V, t, T, M)[0].mean(1))
         else:
             scores.append(unit(v) @ unit(unit(t).mean(0)))
@@ -128,7 +131,7 @@ def patch_coverage(masks, grid):
 def segment(loss, V, encoded):
     """V (P,D) of one picture, the class texts as encode_texts gives them -> class of each patch (P,): SPARC 4.5."""
     t, T, M = encoded
-    if loss == "filip":
+    if "filip" in loss:
         s = torch.einsum("pd,cld->pcl", unit(V), unit(T)).masked_fill(~M[None], float("-inf")).amax(2)
     else:
         s = unit(V) @ unit(t).T
@@ -162,7 +165,7 @@ def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
     ious, patch_hits, hits, chance, patch_words = [], [], {"colour": [], "shape": []}, [], []
     similarity = torch.einsum("bld,bpd->blp", T, V)                                            # a word's best patch: SPARC's s
     cosine = torch.einsum("bld,bpd->blp", unit(T), unit(V)).masked_fill(~M[..., None], float("-inf"))
-    best_patch = (cosine if loss == "filip" else similarity).argmax(2).cpu()
+    best_patch = (cosine if "filip" in loss else similarity).argmax(2).cpu()
     best_word = cosine.argmax(1).cpu()                                                         # (B, P): FILIP's m_k
     for i, s in enumerate(tqdm(S, "alignment", disable=not progress, leave=False)):
         cover = patch_coverage(s["masks"], grid)                                               # (N, P)
@@ -214,9 +217,9 @@ def local_losses(args, model, v, V, t, T, M, batch=250):
 
 def similarity_of_pairs(loss, v, V, t, T, M):
     """Score of each picture with the text of the same row -> (B,)."""
-    if loss != "filip":
+    if loss not in ("filip", "pacl"):
         return (unit(v) * unit(t)).sum(-1)
-    return torch.cat([filip_similarity(V[i:i + 1], T[i:i + 1], M[i:i + 1])[0][0] for i in range(len(V))])
+    return torch.cat([similarities(loss, v[i:i + 1], V[i:i + 1], t[i:i + 1], T[i:i + 1], M[i:i + 1])[0][0] for i in range(len(V))])
 
 
 def on_pairs(model, tok, args, path, progress=True):

@@ -3,7 +3,8 @@
     grep -n "SPARC eq" *.py               # from every numbered equation to its line
     pytest tests/test_losses.py           # each against a loop-by-loop transcription of the paper in float64
 
-Covers: CLIP, FILIP 3.1, PyramidCLIP 3.4, SPARC 2 and appendix C, and SPARC's rivals in its like-for-like comparison (4 and D.3): PACL, GLoRIA, MGCA.
+Covers: CLIP, FILIP 3.1, PyramidCLIP 3.4, SPARC 2 and appendix C, and SPARC's rivals in its like-for-like comparison
+(4, D.3 and D.4): PACL, GLoRIA, MGCA.
 
 Letters, here and in every einsum:  b images (B), c texts (C), p patches (P), l m text positions (L), d dimensions (D).
     V (B,P,D) patches    T (C,L,D) tokens    M (C,L) bool, True up to and including the first EOT    v (B,D)    t (C,D)
@@ -475,7 +476,7 @@ def make_head(loss, dim):
 
 
 def clip_filip(f, a):
-    """CLIP + FILIP, with equal weights: SPARC's attempt at steadying FILIP (Tables 9, 10)."""
+    """CLIP + FILIP, with equal weights: SPARC's attempt at steadying FILIP (D.3, Tables 9 and 10)."""
     glob, local = clip_loss(f["v"], f["t"], f["scale"]), filip_loss(f["V"], f["T"], f["M"], f["scale"], a.keep, DTYPES[a.gather_dtype])
     return {"loss": glob + local, "global": glob, "local": local}
 
@@ -486,12 +487,12 @@ OBJECTIVES = {
     "clip": lambda f, a, h: {"loss": clip_loss(f["v"], f["t"], f["scale"])},
     "filip": lambda f, a, h: {"loss": filip_loss(f["V"], f["T"], f["M"], f["scale"], a.keep, DTYPES[a.gather_dtype])},
     "clip+filip": lambda f, a, h: clip_filip(f, a),
-    "pyramid": lambda f, a, h: pyramid_loss(*(f.get(k) for k in ("v", "v_l", "v_r", "l_s", "t", "l_a")), f["scale"],
+    "pyramid": lambda f, a, h: pyramid_loss(f["v"], f.get("v_l", f["v"]), f.get("v_r"), f["l_s"], f["t"], f.get("l_a"), f["scale"],
                                             0. if a.hard_targets else a.alpha, a.lam, a.mu, a.terms),
     "pacl": lambda f, a, h: {"loss": pacl_loss(f["V"], f["t"], f["scale"], DTYPES[a.gather_dtype])},
     "gloria": lambda f, a, h: gloria_loss(f["v"], f["t"], f["V"], f["T"], f["M"], f["scale"], h.log_scale.exp(), DTYPES[a.gather_dtype]),
     "mgca": lambda f, a, h: h(f["v"], f["t"], f["V"], f["T"], f["M"]),
     "sparc": lambda f, a, h: sparc_loss(f["v"], f["t"], f["V"], f["T"], f["M"], f["scale"], a.global_weight, a.local_weight,
-                                        a.sigma, a.softmax, a.drop_special),
+                                        None if a.sigma == "1/P" else a.sigma, a.softmax, a.drop_special),
 }
 WITHIN_PAIR = {"sparc": "local", "mgca": "cta"}                    # losses that compare words and patches of one pair: they may not look (README)

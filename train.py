@@ -3,14 +3,17 @@
     torchrun train.py --loss sparc                                    # scenes, no download, minutes on two CPU cores
     torchrun --nproc-per-node 8 train.py --loss filip --model ViT-B/32 --data photos/train.csv --batch-size 4096
 
-Covers: SPARC 4.1 and D.4 (AdamW, warm-up, cosine, weights of the losses), FILIP 3.1.1 (half-precision gather, token selection).
+Covers: SPARC 4.1 and D.4 (AdamW, warm-up, cosine, weights of the losses), FILIP 3.1.1 (half-precision gather, token selection),
+PyramidCLIP 3.2 and A.2 (crops, blocks with LeFF), and the switches for the papers' ablations.
 
 A run folder holds last.pt (weights, optimiser, vocabulary, options), log.csv, args.json and, at the end, metrics.json and align.png.
 What a step sees depends on the seed and the step alone, so a run that is killed and resumed ends with the numbers of one that was not.
 
-Differs from the papers: the defaults suit scenes. SPARC trains with 16,384 pairs a batch, local weight 0.5 to 10 and patches that do not
-pass through h_v: `--local-weight 1 --no-patches-through-h` gives that (README, "What we found"). Weight decay spares gains, biases,
-embeddings and the scale (FILIP's list; SPARC gives none). The scale is clamped to 1..100 after each step.
+Differs from the papers: the defaults suit scenes. SPARC trains with 16,384 pairs a batch, threshold 1/P, local weight 0.5 to 10 and
+patches that do not pass through h_v: `--sigma 1/P --local-weight 1 --no-patches-through-h` gives that (README, "What we found"). Weight decay spares
+gains, biases, embeddings and the scale (FILIP's list; SPARC gives none). The scale is clamped to 1..100 after each step. FILIP is known to
+be unstable: what steadies it is that list, a larger --weight-decay, the clamp, --clip-grad, and the company of CLIP's loss (clip+filip).
+BatchNorm (RN50, LeFF) sees the pictures of one process, or of all GPUs. PyramidCLIP's crops are off on scenes, whose captions tell places.
 """
 import argparse, csv, json, math, os, pathlib, random, signal, sys, tempfile, time
 import torch
@@ -22,11 +25,16 @@ import eval as evaluation
 import model as models
 import visualize
 from data import Batches, Scenes, Tokenizer, UserError, normalize, open_dataset, write
-from losses import DTYPES, OBJECTIVES, WITHIN_PAIR, make_head
+from losses import DTYPES, OBJECTIVES, SIX, WITHIN_PAIR, make_head
 
 # For --model tiny: what suits 56-pixel scenes, and what suits photographs.
-DEFAULTS = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, steps=3200, lr=1.5e-3, crop=None, vocab="learn:1000", context_length=32),
-            "files": dict(image_size=112, patch_size=16, layers=4, width=192, steps=3000, lr=1e-3, crop=0.5, vocab="learn:8000", context_length=48)}
+DEFAULTS = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, steps=3200, lr=1.5e-3, crop=None, local_crop=None, vocab="learn:1000", context_length=32, sigma=0.5, local_weight=0.15),
+            "files": dict(image_size=112, patch_size=16, layers=4, width=192, steps=3000, lr=1e-3, crop=0.5, local_crop=0.5, vocab="learn:8000", context_length=48, sigma=0.5, local_weight=0.15)}
+
+# Options that only some objectives look at.
+ONLY = {"keep": ("filip", "clip+filip"), "gather_dtype": ("filip", "clip+filip", "pacl", "gloria"),
+        **dict.fromkeys(("global_weight", "local_weight", "sigma", "softmax", "drop_special"), ("sparc",)),
+        **dict.fromkeys(("alpha", "hard_targets", "lam", "mu", "terms", "leff", "local_crop", "regions"), ("pyramid",))}
 
 
 def options():
@@ -44,19 +52,33 @@ def options():
     g.add_argument("--patch-size", type=int, help="patch side in pixels (None: the model's; tiny: scenes 8, files 16)")
     g.add_argument("--layers", type=int, help="blocks in each tower (None: the model's; tiny: scenes 2, files 4)")
     g.add_argument("--width", type=int, help="width of both towers, a multiple of 64 (None: the model's; tiny: scenes 128, files 192)")
-    g.add_argument("--crop", type=float, help="least area of the random crop, 1 for none but a random place (None: scenes no crop, files 0.5)")
+    g.add_argument("--crop", type=float, help="least area of the random crop, 1 for none but a random place (None: scenes no crop, files 0.5; "
+                   "pyramid, whose global crop it is: files 0.9)")
+    g.add_argument("--regions", help="pyramid: .npz of a detector's regions, (M, 2052) for each image of --data; without it L_RS and L_RT fall away")
     g.add_argument("--paraphrase", type=float, default=0.0, help="scenes: share of captions told in other words (FILIP's back-translation)")
     g.add_argument("--mismatch", type=float, default=0.0, help="scenes: probability of each kind of mismatch between picture and words")
     g = ap.add_argument_group("objective")
     g.add_argument("--global-weight", type=float, default=0.5, help="sparc: weight of the global loss")
-    g.add_argument("--local-weight", type=float, default=0.05, help="sparc: weight of the local loss; the paper tries 0.5 to 10")
-    g.add_argument("--sigma", type=float, help="sparc: sparsity threshold in 0..1; 0 keeps all patches (None: the paper's 1/patches)")
+    g.add_argument("--local-weight", type=float, help="sparc: weight of the local loss; the paper tries 0.5 to 10 (None: 1; tiny: 0.15)")
+    g.add_argument("--sigma", type=lambda s: s if s == "1/P" else float(s), help="sparc: sparsity threshold in 0..1; 0 keeps all patches, "
+                   "1/P (patches) is the paper's (None: 1/P; tiny: 0.5)")
     g.add_argument("--softmax", action="store_true", help="sparc: softmax weights in place of eqs. 2-4 (ablation)")
     g.add_argument("--drop-special", action="store_true", help="sparc: leave BOS and EOT out of the local loss")
     g.add_argument("--patches-through-h", action=argparse.BooleanOptionalAction, help="mean-pooling towers: patches pass through h_v in training "
                    "too, as they do in SPARC's segmentation (None: yes for tiny, no for the others)")
     g.add_argument("--keep", type=float, default=1.0, help="filip: share of the tokens sent to the other side; the paper's is 0.25")
-    g.add_argument("--gather-dtype", default="fp32", choices=list(DTYPES), help="filip: precision of the tokens sent between processes; the paper's is fp16")
+    g.add_argument("--gather-dtype", default="fp32", choices=list(DTYPES), help="filip, pacl, gloria: precision of the tokens sent between processes; "
+                   "FILIP's is fp16")
+    g = ap.add_argument_group("PyramidCLIP")
+    g.add_argument("--terms", nargs="+", default=list(SIX), choices=[*SIX, "RA", "GT", "LS"], help="picture side (Global crop, Local crop, Regions), "
+                   "text side (Summary, Text, objects with Attributes)")
+    g.add_argument("--alpha", type=float, default=0.2, help="softness of the targets")
+    g.add_argument("--hard-targets", action="store_true", help="no softening (ablation)")
+    g.add_argument("--lam", type=float, default=1 / 3, help="weight of GA and RS")
+    g.add_argument("--mu", type=float, default=1 / 3, help="weight of LA and RT; GS and LT have what is left")
+    g.add_argument("--leff", action=argparse.BooleanOptionalAction, help="locally-enhanced feed-forward in all but the last quarter of a ViT's blocks "
+                   "(None: yes for pyramid)")
+    g.add_argument("--local-crop", type=float, help="least area of the local crop (None: scenes the picture itself, files 0.5)")
     g = ap.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, help="optimiser steps; the schedule ends there (None: scenes 3200, files 3000)")
     g.add_argument("--batch-size", type=int, default=128, help="pairs in a step, over all processes together; halve it if memory runs out")
@@ -78,12 +100,19 @@ def options():
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     g.add_argument("--eval-every", type=int, default=500, help="steps between validations; 0 for none")
     args = ap.parse_args()
+    for name, losses in ONLY.items():
+        if getattr(args, name) != ap.get_default(name) and args.loss not in losses:
+            raise UserError(f"--{name.replace('_', '-')} means nothing to --loss {args.loss}: leave it out, or take --loss {' or '.join(losses)}")
     kind = "scenes" if args.data == "scenes" else "files"
     tiny = args.model == "tiny"
-    full = dict(steps=DEFAULTS[kind]["steps"], lr=5e-4, crop=DEFAULTS[kind]["crop"], vocab=DEFAULTS[kind]["vocab"])
+    if args.loss == "pyramid" and kind == "files" and args.crop is None:
+        args.crop = 0.9
+    full = dict(lr=5e-4, sigma="1/P", local_weight=1.0, **{k: DEFAULTS[kind][k] for k in ("steps", "crop", "local_crop", "vocab")})
     for k, v in (DEFAULTS[kind] if tiny else full).items():
         if getattr(args, k) is None:
             setattr(args, k, v)
+    if args.leff is None:
+        args.leff = args.loss == "pyramid" and "RN50" not in args.model
     if args.patches_through_h is None:
         args.patches_through_h = tiny and args.pool != "cls"
     if args.workers is None:
@@ -95,11 +124,15 @@ def options():
     for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("log_every", 1), ("save_every", 1), ("eval_every", 0), ("workers", 0)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
-    if args.sigma is not None and not 0 <= args.sigma <= 1:
+    if args.sigma != "1/P" and not 0 <= args.sigma <= 1:
         raise UserError(f"--sigma is a share of the largest similarity, in 0..1, not {args.sigma}")
-    for name in ("keep", "crop"):
+    if args.terms and len(set(args.terms)) < len(args.terms):
+        raise UserError(f"--terms {' '.join(args.terms)}: a term stands there twice")
+    if not (args.lam >= 0 and args.mu >= 0 and args.lam + args.mu <= 1 and 0 <= args.alpha < 1):
+        raise UserError(f"--lam {args.lam} and --mu {args.mu} are shares of the loss with a sum of at most 1, --alpha {args.alpha} lies in 0..1")
+    for name in ("keep", "crop", "local_crop"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) <= 1:
-            raise UserError(f"--{name} must lie in 0..1, above 0, not {getattr(args, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must lie in 0..1, above 0, not {getattr(args, name)}")
     return args
 
 
@@ -247,7 +280,7 @@ def make_data(args, merges=None):
         data = Scenes(1_000_000, args.seed, args.image_size or models.CONFIGS[args.model]["image_size"], mismatch=args.mismatch, paraphrase=args.paraphrase)
         val = Scenes(250, args.seed, data.size, "val")
     else:
-        data = open_dataset(args.data)
+        data = open_dataset(args.data, args.regions)
         val = open_dataset(args.val) if args.val else None
     if merges is not None:
         tok = Tokenizer(merges)
@@ -265,11 +298,37 @@ def ignore_ctrl_c(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def report_terms(data, args):
+    """Which of PyramidCLIP's terms the data can't feed; at least one has to be left."""
+    has = data.views(0, data.pair(0)[0])
+    lost = [m for m in args.terms if (m[0] == "R" and "regions" not in has) or (m[1] == "A" and "objects" not in has)]
+    if len(lost) == len(args.terms):
+        raise UserError(f"--terms {' '.join(args.terms)}: {args.data} has nothing to feed them; add the column objects, --regions FILE.npz, or the term LT")
+    if lost:
+        missing = [what for key, what in (("regions", "regions (--regions FILE.npz)"), ("objects", "the column objects")) if key not in has]
+        print(f"note: without {' and '.join(missing)} the terms {' '.join(lost)} fall away")
+    if not getattr(data, "summaries", True):
+        print("note: without the column summary, a caption's first clause is its summary")
+
+
 def report_cuts(data, tok, length):
     texts = random.Random(0).sample(data.texts(), min(5000, len(data.texts())))
     cut = sum(len(tok.encode(t)) + 2 > length for t in texts)
     if cut:
         print(f"note: {100 * cut / len(texts):.1f}% of the captions are longer than {length} tokens and lose their ends (--context-length)")
+
+
+def make_model(args, tok):
+    """The model with what the objective wants of its towers: PyramidCLIP LeFF and regions, PACL its own patch embedder."""
+    heads = args.width and max(1, args.width // 64)
+    layers = args.layers or models.CONFIGS[args.model]["vision_layers"]
+    special = {"embedder": True} if args.loss == "pacl" else {}
+    if args.loss == "pyramid":                                     # LeFF in a ResNet is refused by build
+        front = layers - max(1, layers // 4) if isinstance(layers, int) else 1
+        special = {"regions": 2052, "leff": front if args.leff else 0}
+    return models.build(args.model, vocab_size=tok.vocab_size, context_length=args.context_length, image_size=args.image_size,
+                        patch_size=args.patch_size, vision_layers=args.layers, text_layers=args.layers, vision_width=args.width,
+                        text_width=args.width, vision_heads=heads, text_heads=heads, pool=args.pool, patches_through_h=args.patches_through_h, **special)
 
 
 @torch.no_grad()
@@ -297,11 +356,9 @@ def train(args):
     args.amp = amp[0]
     data, tok, val = make_data(args, ckpt and ckpt["merges"])
     torch.manual_seed(args.seed)
-    model = models.build(args.model, vocab_size=tok.vocab_size, context_length=args.context_length, image_size=args.image_size,
-                         patch_size=args.patch_size, vision_layers=args.layers, text_layers=args.layers, vision_width=args.width,
-                         text_width=args.width, vision_heads=args.width and max(1, args.width // 64), text_heads=args.width and max(1, args.width // 64),
-                         pool=args.pool, patches_through_h=args.patches_through_h).to(device)
-    batches = Batches(data, tok, args.batch_size, model.config["image_size"], model.context_length, args.seed, args.crop, rank, world)
+    model = make_model(args, tok).to(device)
+    batches = Batches(data, tok, args.batch_size, model.config["image_size"], model.context_length, args.seed, args.crop, rank, world,
+                      args.loss == "pyramid", args.local_crop)
     objective = Objective(model, args).to(device)
     optimizer, scaler = make_optimizer(objective, args), torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     start, seconds = 0, 0.0
@@ -311,6 +368,8 @@ def train(args):
         optimizer.load_state_dict(ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"])
         start, seconds = ckpt["step"], ckpt["seconds"]
+    if world > 1 and device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     step_module = objective
     if world > 1:                                                  # static_graph: an objective may leave some parameters unused
         step_module = DistributedDataParallel(step_module, device_ids=[device.index] if device.type == "cuda" else None, static_graph=True)
@@ -324,6 +383,8 @@ def train(args):
         print(f"{args.loss} on {args.data}: {models.count(model):,} parameters, {len(data):,} pictures, vocabulary {tok.vocab_size:,}, "
               f"{args.steps - start} steps of {args.batch_size}, {world} x {device.type}, {args.amp}; results go to {args.out}")
         report_cuts(data, tok, model.context_length)
+        if args.loss == "pyramid":
+            report_terms(data, args)
     stop = []                                                      # the signal that asks us to stop, if any
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda number, frame: stop.append(number))
@@ -379,7 +440,8 @@ def train(args):
                     parts["local_shuffled"] = OBJECTIVES[args.loss](shuffled, args, objective.head)[WITHIN_PAIR[args.loss]]
             if main:
                 row = {"step": done, **dict(zip(names, values)), **{k: parts[k].item() for k in parts if k not in names}}
-                row |= {"scale": f["scale"].item(), "accuracy": 100 * hit.item(), "grad_norm": float(norm), "lr": learning_rate(step, args)}
+                row.setdefault("scale", f["scale"].item())
+                row |= {"accuracy": 100 * hit.item(), "grad_norm": float(norm), "lr": learning_rate(step, args)}
                 bar.set_postfix(loss=f"{loss:.3f}", scale=f"{row['scale']:.1f}", acc=f"{row['accuracy']:.0f}%", **{"img/s": f"{rate:.0f}"})
                 row = {k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()}
                 log.add(row | {"images_per_s": f"{rate:.0f}", "seconds": f"{seconds + now - began:.1f}"})

@@ -31,7 +31,7 @@ def align(model, tok, loss, image, text):
     cosine = unit(T[0, :n]) @ unit(V[0]).T
     ids = tok([text], model.context_length)[0][0, :n].tolist()
     tokens = ["[BOS]" if i == tok.bos else "[EOS]" if i == tok.eot else tok.symbols[i].replace("</w>", "") for i in ids]
-    return (cosine if loss == "filip" else T[0, :n] @ V[0].T).cpu(), cosine.argmax(0).cpu(), tokens
+    return (cosine if "filip" in loss else T[0, :n] @ V[0].T).cpu(), cosine.argmax(0).cpu(), tokens
 
 
 def heat(x):

@@ -262,6 +262,56 @@ def test_bad_files(tmp_path, monkeypatch):
         refuse([str(path), "image,caption"], open_dataset, str(path))
 
 
+# ------------------------------------------------------------------------------------------------------------- PyramidCLIP's views
+def test_views_of_scenes():
+    scenes = Scenes(40, size=28, mismatch=0.5)
+    for i in range(40):
+        s, v = scenes[i], scenes.views(i, scenes.pair(i)[0])
+        assert v["summary"] == s["summary"] and v["objects"] == s["objects"] and np.array_equal(v["regions"], s["rois"])
+        assert v["regions"].shape == (len(s["things"]), 2052) and v["objects"].count(",") == len(s["things"]) - 1
+        assert np.allclose(v["regions"][:, -4:] * 28, [t.box for t in s["things"]])
+
+
+def test_views_in_a_batch():
+    scenes = Scenes(23, size=28, family=1)
+    make = lambda **kw: Batches(scenes, PLAIN, 6, 28, 300, views=True, **kw)[1]
+    batch, again, cropped = make(), make(), make(min_area=0.9, local_area=0.5)
+    assert all(batch[k].equal(again[k]) for k in batch) and "images_l" not in batch
+    assert cropped["images_l"].shape == cropped["images"].shape and not cropped["images_l"].equal(cropped["images"])
+    numbers = torch.randperm(23, generator=torch.Generator().manual_seed(0))[6:12].tolist()
+    for row, i in enumerate(numbers):
+        s, m = scenes[i], batch["regions_mask"][row]
+        assert np.allclose(batch["regions"][row][m].numpy(), s["rois"]) and not batch["regions"][row][~m].any() and m.sum() == len(s["things"])
+        for k in ("summary", "objects"):
+            assert PLAIN.decode(batch[k][row]) == s[k].replace(",", " ,") and batch[f"{k}_mask"][row].sum() == len(PLAIN.encode(s[k])) + 2
+
+
+@pytest.mark.parametrize("caption, summary", [
+    ("A black dog is running, and a cat sleeps.", "A black dog is running"), ("Two men and a dog walk while it rains", "Two men and a dog walk"),
+    ("a child who sings", "a child who sings"), ("a young child who sings", "a young child"), ("Dog", "Dog"), ("a red car near a tree", "a red car")])
+def test_rule_for_a_summary(tmp_path, caption, summary):
+    assert Pairs(write_csv(tmp_path, f'image,caption\na.png,"{caption}"\n')).views(0) == {"summary": summary}
+
+
+def test_views_of_a_csv(tmp_path):
+    text = 'image,caption,summary,objects\na.png,one,short,"red car, tree"\nb.jpg,two,other,blue sky\na.png,three,unused,unused\n'
+    path, npz = write_csv(tmp_path, text), str(tmp_path / "r.npz")
+    rois = {n: np.full((k, 2052), k, dtype=np.float16) for n, k in (("a.png", 2), ("b.jpg", 5))}
+    np.savez(npz, **rois)
+    v = Pairs(path, npz).views(0)
+    assert (v["summary"], v["objects"], v["regions"].dtype) == ("short", "red car, tree", np.float32) and (v["regions"] == 2).all()
+    assert Pairs(path).views(1).keys() == {"summary", "objects"}
+    refuse(["d.csv line 2", "objects of a.png is empty"], Pairs, write_csv(tmp_path, "image,caption,objects\na.png,one,\n"))
+    write_csv(tmp_path, text)
+    np.savez(npz, **{"a.png": rois["a.png"]})
+    refuse(["r.npz has no regions of b.jpg", "1 of 2 pictures"], Pairs, path, npz)
+    np.savez(npz, **rois | {"a.png": rois["a.png"][:, :2048]})
+    refuse(["r.npz", "a.png", "(2, 2048)", "(M, 2052)"], Pairs, path, npz)
+    for content in (b"no archive", b""):
+        (tmp_path / "r.npz").write_bytes(content)
+        refuse(["r.npz", ".npz file of regions"], Pairs, path, npz)
+
+
 # ------------------------------------------------------------------------------------------------------------- crops and batches
 def batches(size=6, **more):
     return Batches(Scenes(23, size=14, paraphrase=0.5, family=1), PLAIN, size, 14, 300, **more)

@@ -72,6 +72,10 @@ GOOD = [f"{k}.png,a picture of thing {k}" for k in range(4)]
     (["--vocab", "none.txt.gz"], "merges file"),
     (["--out", "/proc/none"], "can't write in --out /proc/none"),
     (["--pool", "cls", "--patches-through-h"], "h_v"),
+    (["--loss", "clip", "--keep", "0.25"], "--keep means nothing to --loss clip: leave it out, or take --loss filip"),
+    (["--loss", "pyramid", "--terms", "GS", "GS"], "twice"),
+    (["--loss", "pyramid", "--lam", "0.7", "--mu", "0.7"], "--lam 0.7"),
+    (["--loss", "pyramid", "--model", "RN50"], "ResNet, which has no vision_layers"),
 ])
 def test_bad_options_are_one_sentence(go, options, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence) as e:
@@ -96,6 +100,16 @@ def test_a_damaged_picture_stops_the_run_with_its_name(go, tmp_path):
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
     with pytest.raises(UserError, match=r"t.csv line 4: can't read .*2.png as a picture"):
         go("--data", path, "--batch-size", 4)
+
+
+def test_pyramid_says_what_the_data_cannot_feed(go, tmp_path, capsys):
+    path, pyramid = photos(tmp_path, GOOD), ("--loss", "pyramid", "--batch-size", 4, "--image-size", 32)
+    assert go("--data", path, *pyramid, "--steps", 2)
+    said = capsys.readouterr().out
+    assert "without regions (--regions FILE.npz) and the column objects the terms GA RS LA RT fall away" in said and "first clause" in said
+    assert "cross_global" not in read(tmp_path / "run")[0][0] and "peer" in read(tmp_path / "run")[0][0]
+    with pytest.raises(UserError, match="nothing to feed them; add the column objects"):
+        go("--data", path, *pyramid, "--terms", "GA", "RS", "--overwrite")
 
 
 def test_a_batch_must_share_out_among_the_processes():
@@ -211,7 +225,7 @@ def test_killed_runs_end_with_the_same_numbers(tmp_path):
     assert rows == again and all(torch.equal(whole["model"][k], killed["model"][k]) for k in whole["model"])
 
 
-@pytest.mark.parametrize("loss", ["clip", "filip", "sparc"])
+@pytest.mark.parametrize("loss", [k for k in train.OBJECTIVES if k not in ("pyramid", "clip+filip")])
 def test_two_processes_equal_one(go, tmp_path, loss):
     """Loss and the gradient of every parameter after one step; AdamW's first moment is a tenth of the gradient."""
     options = [*SMALL, "--loss", loss, "--steps", "1", "--clip-grad", "0"]
@@ -225,10 +239,32 @@ def test_two_processes_equal_one(go, tmp_path, loss):
         assert (x["exp_avg"] - y).norm() <= 1e-4 * x["exp_avg"].norm() + 1e-7
 
 
+@pytest.mark.parametrize("loss", [k for k in train.OBJECTIVES if k != "sparc"])
+def test_every_objective_trains_resumes_and_is_evaluated(go, tmp_path, loss):
+    """The loss goes down, and a run in two halves is the run in one."""
+    more = ("--loss", loss, "--steps", 30, "--lr", 3e-3, "--save-every", 15)
+    assert go(*more)
+    rows, whole = read(tmp_path / "run")
+    mean = lambda part: sum(float(r["loss"]) for r in part) / len(part)
+    assert mean(rows[-5:]) < mean(rows[:5]) and all(math.isfinite(float(x)) for r in rows for x in r.values())
+    with pytest.MonkeyPatch.context() as m, pytest.raises(InterruptedError):
+        def stop():
+            raise InterruptedError
+        m.setattr(train.models, "clamp_scales", at_call(20, train.models.clamp_scales, stop))
+        go(*more, "--overwrite")
+    assert go(*more, "--resume")
+    again, resumed = read(tmp_path / "run")
+    assert again == rows and all(whole[part][k].equal(resumed[part][k]) for part in ("model", "head") for k in whole[part])
+    metrics = train.evaluation.evaluate(str(tmp_path / "run"), n=20, progress=False)
+    assert 0 <= metrics["retrieval"]["t2i_r10"] <= 100 and ("local_gap" in metrics["alignment"]) == (loss == "mgca")
+
+
 def test_schedule_and_decay():
     args = type("A", (), dict(lr=2.0, warmup=4, steps=12, weight_decay=0.1, beta2=0.98))
     assert [round(train.learning_rate(s, args), 6) for s in (0, 1, 3, 4, 8)] == [0.5, 1.0, 2.0, 2.0, 1.0] and train.learning_rate(11, args) < 0.1
     model = train.models.build("tiny")
+    head = train.make_head("mgca", 8)
+    assert any(p is head.prototypes for p in train.make_optimizer(head, args).param_groups[1]["params"])
     decayed, spared = (g["params"] for g in train.make_optimizer(model, args).param_groups)
     ids = {id(p) for p in spared}
     names = {n for n, p in model.named_parameters() if id(p) in ids}
