@@ -5,7 +5,7 @@
 
 Covers: FILIP 3.1.2 and 4.5 (late interaction at inference, mean similarity over prompts), SPARC 4.2, 4.3, 4.5, D.5 and D.7.
 
-All numbers are percentages, except local_gap, which is in nats. What they mean:
+All numbers are percentages, except the local losses, in nats, and the cost. What they mean:
     retrieval       R@k: the true partner is among the k best of all. Ties count against the model. Several captions a picture: a
                     picture finds any of its captions, each caption must find its picture (the five-captions protocol)
     classification  top-1 over 8 shapes, over 8 colours, on scenes of one object; prompts are averaged
@@ -13,11 +13,13 @@ All numbers are percentages, except local_gap, which is in nats. What they mean:
                     the objects' classes only; patch_acc: the share of patches lying on an object that get that object's class
     alignment       colour_word_acc, shape_word_acc: a word's best patch lies on the object it names (covers a quarter of the patch or
                     more; chance = what a random patch gets). patch_word_acc: the best word of a patch on an object names that object.
-                    local_gap: SPARC's local loss on shuffled pictures minus on the right ones; near 0 the "alignment" never looks
+                    local_gap: SPARC's local loss (MGCA's CTA) on shuffled pictures minus on the right ones; near 0 it never looks
     composition     swap_acc: the caption is preferred to the same caption with two colours exchanged (chance 50)
+    cost            of training: optimiser steps, milliseconds a step (validation and checkpoints included), most memory held in MB
 
 Differs from the papers: SPARC does not say which text stands for "background" in segmentation; here the captions' own words, "on sand".
-For FILIP a patch's similarity to a class text is its best word's, the late interaction of one patch.
+FILIP is scored by late interaction, PACL by pooling the patches for each text, all others, CLIP+FILIP too, by their global embeddings. For
+FILIP a patch's similarity to a class text is its best word's, the late interaction of one patch.
 """
 import argparse, json, os, pathlib
 import torch
@@ -44,7 +46,7 @@ def read_checkpoint(path):
 
 
 def load_run(folder, device="cpu"):
-    """-> model in eval mode, tokeniser, the run's options with its step and its objective's head."""
+    """-> model in eval mode, tokeniser, the run's options with its step, its objective's head and what it cost."""
     ckpt = read_checkpoint(os.path.join(folder, "last.pt"))
     try:
         model = models.CLIP(**ckpt["config"])
@@ -53,7 +55,8 @@ def load_run(folder, device="cpu"):
         head.load_state_dict(ckpt["head"])
     except (TypeError, KeyError, RuntimeError) as e:
         raise UserError(f"{folder}/last.pt is of another version of model.py ({str(e).splitlines()[0][:100]}): train again") from None
-    return model.to(device).eval(), Tokenizer(ckpt["merges"]), argparse.Namespace(**ckpt["args"], step=ckpt["step"], head=head.to(device).eval())
+    cost = {"steps": ckpt["step"], "ms_per_step": 1000 * ckpt.get("seconds", 0) / max(1, ckpt["step"]), "peak_mb": ckpt.get("peak_mb") or 0}
+    return model.to(device).eval(), Tokenizer(ckpt["merges"]), argparse.Namespace(**ckpt["args"], step=ckpt["step"], cost=cost, head=head.to(device).eval())
 
 
 @torch.no_grad()
@@ -243,6 +246,7 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True):
     if data == "scenes" and args.data != "scenes":
         raise UserError(f"{folder} was trained on {args.data}, not on scenes: give --data FILE.csv")
     metrics = on_scenes(model, tok, args, n, progress=progress) if data == "scenes" else on_pairs(model, tok, args, data, progress)
+    metrics["cost"] = args.cost
     metrics["about"] = {"loss": args.loss, "model": args.model, "data": data, "step": args.step}
     write(os.path.join(folder, "metrics.json"), lambda tmp: pathlib.Path(tmp).write_text(json.dumps(metrics, indent=1)))
     return metrics
@@ -254,7 +258,7 @@ def table(runs):
     width = max(len(f"{g} {k}") for g, k in rows)
     lines = [f"| {'':{width}} | " + " | ".join(f"{n:>8}" for n in runs) + " |", f"|{'-' * (width + 2)}|" + "|".join("-" * (max(8, len(n)) + 1) + ":" for n in runs) + "|"]
     for g, k in rows:
-        cells = [f"{m[g][k]:.{2 if 'local' in k else 1}f}" if k in m.get(g, {}) else "" for m in runs.values()]
+        cells = [f"{m[g][k]:.{2 if 'local' in k else 0 if g == 'cost' else 1}f}" if k in m.get(g, {}) else "" for m in runs.values()]
         lines.append(f"| {g + ' ' + k:{width}} | " + " | ".join(f"{c:>{max(8, len(n))}}" for c, n in zip(cells, runs)) + " |")
     return "\n".join(lines)
 

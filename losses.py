@@ -383,7 +383,7 @@ def gloria_similarity(V, T, M, words_sharpness=4.0, text_sharpness=5.0, single_s
         w = w if single_softmax else w.masked_fill(~M[:, :, None], float("-inf")).softmax(2)
         r = attended_cosine((words_sharpness * w).softmax(3), s, V)                            # (B, C, L)
         z = (text_sharpness * r).masked_fill(~M, float("-inf")).logsumexp(2)
-        return z - M.sum(1).log() if mean_words else z
+        return z - M.sum(1).to(z).log() if mean_words else z
     return by_blocks(block, V, T, M)
 
 

@@ -417,6 +417,8 @@ def build(name, **overrides):
         w, h = c[f"{tower}_width"], c[f"{tower}_heads"]
         if h < 1 or w % h:
             raise UserError(f"{h} heads do not divide the {tower} tower's width {w}: the papers have width / 64 heads")
+    if c["regions"] and c["leff"] and c["leff"] >= c["vision_layers"]:
+        raise UserError(f"{c['leff']} blocks with LeFF leave none of {c['vision_layers']} for the regions: choose leff below vision_layers")
     if c["act"] not in (None, "gelu", "quickgelu"):
         raise UserError(f"act is gelu or quickgelu, not {c['act']!r}")
     if c["pool"] not in ("cls", "mean"):
@@ -497,8 +499,8 @@ def load_openai(path):
                       vision_heads=width * 32 // 64)
         model = CLIP(**c)
         model.load_state_dict(state)
-    except (KeyError, ValueError, AttributeError, RuntimeError, TypeError) as e:
-        raise UserError(f"{path} does not have OpenAI CLIP's layout ({str(e).splitlines()[0][:100]}): its keys should be visual.conv1.weight, "
+    except (LookupError, ValueError, AttributeError, RuntimeError, TypeError) as e:
+        raise UserError(f"{path} does not have OpenAI CLIP's layout ({' '.join(str(e).split())[:150]}): its keys should be visual.conv1.weight, "
                         f"transformer.resblocks.0.attn.in_proj_weight, text_projection, ...") from None
     return model
 

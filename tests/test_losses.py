@@ -1,22 +1,26 @@
 """Every loss against a loop-by-loop transcription of its paper, and against the mistakes that public copies of it make.
 
-    pytest tests/test_losses.py             # ten seconds on one core
+    pytest tests/test_losses.py             # half a minute on one core
     pytest tests/test_losses.py -k trap     # the mistakes, but for those that need two processes: they are at the end
 
-slow_clip, slow_filip and slow_sparc follow the equations as printed, in float64: read them beside the paper and losses.py.
+The slow_ functions follow the equations as printed (PACL, GLoRIA and MGCA: as their public code computes them, with SPARC's changes), in
+float64, and use nothing of losses.py: read them beside the paper and losses.py.
 A trap test computes the mistake itself and shows that it gives another value or gradient, so a copy that made it would fail here.
 Two traps lie elsewhere: the mask made from ids in test_data.py, the text's mean over padding in test_model.py.
 """
 import contextlib
 import datetime
+import functools
 import math
 import os
 import re
+import types
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.func import functional_call
 
 import losses
 
@@ -26,6 +30,13 @@ HALVES = [(range(0, 2), 5), (range(2, 4), 8)]        # which pairs each of two p
 # -------------------------------------------------------------------------------------------------------------- the papers, slowly
 nce = lambda scores, i: -torch.log(torch.exp(scores[i]) / sum(torch.exp(s) for s in scores))
 cos = lambda x, y: (x / x.norm()) @ (y / y.norm())
+softmax = lambda scores: [torch.exp(x) / sum(torch.exp(y) for y in scores) for x in scores]
+
+
+def both_ways(score, n):
+    """InfoNCE of score(i, j), the mean of both directions."""
+    x = [[score(i, j) for j in range(n)] for i in range(n)]
+    return sum(nce(x[k], k) + nce([row[k] for row in x], k) for k in range(n)) / (2 * n)
 
 
 def slow_clip(v, t, g):
@@ -70,17 +81,96 @@ def slow_sparc(v, t, V, T, M, g, global_weight=0.5, local_weight=1.0, sigma=None
     return global_weight * slow_clip(v, t, g) + local_weight * sum(local) / len(local)         # (6), mean over all tokens; (7)
 
 
+def slow_soft_clip(x, y, g, alpha=0.2, normalised=False):
+    """PyramidCLIP's equations (1) to (3)."""
+    N, total = len(x), 0
+    for a, b in ((x, y), (y, x)):
+        for i in range(N):
+            p = softmax([g * cos(a[i], b[j]) for j in range(N)])                               # (1)
+            for j in range(N):
+                share = 0 if N == 1 else alpha
+                target = (1 - share) * (i == j) + (0 if normalised and i == j else share / max(1, N - 1))                      # (2)
+                total = total - target * torch.log(p[j]) / (2 * N)                             # (3)
+    return total
+
+
+def slow_pyramid(v_g, v_l, v_r, l_s, l_t, l_a, g, alpha, lam, mu, normalised=False):
+    nce = lambda x, y: slow_soft_clip(x, y, g, alpha, normalised)
+    peer, cross_global, cross_local = nce(v_g, l_s) + nce(v_l, l_t), nce(v_g, l_a) + nce(v_r, l_s), nce(v_l, l_a) + nce(v_r, l_t)
+    return (1 - lam - mu) * peer / 2 + lam * cross_global / 2 + mu * cross_local / 2           # (4)
+
+
+def slow_pacl(V, t, g, pool_temperature=1):
+    def phi(i, j):                                      # patches pooled by their cosine with this text
+        a = softmax([cos(p, t[j]) / pool_temperature for p in V[i]])
+        return cos(sum(x * p / p.norm() for x, p in zip(a, V[i])), t[j])
+    return both_ways(lambda i, j: g * phi(i, j), len(V))
+
+
+def slow_gloria(v, t, V, T, M, g, g_local, single_softmax=False, mean_words=False):
+    def Z(i, j):
+        words = [w for w, real in zip(T[j], M[j]) if real]
+        s = [[w @ p / len(p) ** 0.5 for p in V[i]] for w in words]
+        s = s if single_softmax else list(zip(*(softmax(of_patch) for of_patch in zip(*s))))   # over words, then below over patches
+        c = [sum(x * p for x, p in zip(softmax([4 * x for x in of_word]), V[i])) for of_word in s]
+        z = sum(torch.exp(5 * cos(w, x)) for w, x in zip(words, c))
+        return torch.log(z / len(words) if mean_words else z)
+    return slow_clip(v, t, g) + both_ways(lambda i, j: g_local * Z(i, j), len(V))
+
+
+def slow_sinkhorn(z, eps=0.05, iters=3):
+    """In the linear form of the public code: first each prototype gets an equal share, then each sample gives one."""
+    Q = torch.exp(z / eps)
+    for _ in range(iters):
+        for k in range(Q.shape[1]):
+            Q[:, k] /= Q[:, k].sum() * Q.shape[1]
+        for b in range(Q.shape[0]):
+            Q[b] /= Q[b].sum() * Q.shape[0]
+    return Q * Q.shape[0]
+
+
+def slow_mgca(v, t, V, T, M, parameters):
+    g_ita, g_cta, g_cpa = parameters["log_scales"].exp()
+    C = parameters["prototypes"]
+    C = C + (torch.stack([c / c.norm() for c in C]) - C).detach()                              # made unit vectors before use, no gradient
+
+    def look(name, x, others):
+        layer = lambda part, x: parameters[f"{name}.{part}.weight"] @ x + parameters[f"{name}.{part}.bias"]
+        q = layer("q", x)
+        a = softmax([q @ layer("k", y) / len(q) ** 0.5 for y in others])
+        return layer("out", sum(x * layer("v", y) for x, y in zip(a, others)))
+
+    cta = [[], []]                                      # of all words, of all patches
+    for b in range(len(V)):
+        words, patches = [w for w, real in zip(T[b], M[b]) if real], list(V[b])
+        for losses_, name, mine, others in ((cta[0], "words_see", words, patches), (cta[1], "patches_see", patches, words)):
+            x = [[g_cta * cos(m, s) for s in [look(name, y, others) for y in mine]] for m in mine]
+            losses_ += [(nce(x[k], k) + nce([row[k] for row in x], k)) / 2 for k in range(len(mine))]
+    z_v, z_t = ([[c @ (x / x.norm()) for c in C] for x in y] for y in (v, t))
+    q_v, q_t = (slow_sinkhorn(torch.stack([torch.stack(x) for x in z]).detach()) for z in (z_v, z_t))
+    swapped = lambda q, z: sum(x * torch.log(p) for x, p in zip(q, softmax([g_cpa * y for y in z])))     # one side's code predicted by the other
+    cpa = -sum(swapped(q_v[b], z_t[b]) + swapped(q_t[b], z_v[b]) for b in range(len(v))) / (2 * len(v))
+    return slow_clip(v, t, g_ita) + sum(sum(x) / len(x) for x in cta) + cpa
+
+
 # -------------------------------------------------------------------------------------------------------------------- small pieces
 def pairs(P=4, D=5, dtype=torch.float64, scale=10.):
-    """Four pairs, captions of 3, 5, 8 and 4 real tokens. Padded positions hold random vectors, as a text tower leaves them."""
+    """Four pairs, captions of 3, 5, 8 and 4 real tokens. Padded positions hold random vectors, as a text tower leaves them.
+    v and t are also PyramidCLIP's global crop and caption, v_l v_r l_s l_a its other views; "mgca.x" is the parameter x of an MGCA."""
     draw, shapes = torch.Generator().manual_seed(0), {"v": (D,), "t": (D,), "V": (P, D), "T": (8, D)}
+    shapes |= {k: (D,) for k in ("v_l", "v_r", "l_s", "l_a")}
     f = {k: torch.randn(4, *shape, generator=draw, dtype=torch.float64).to(dtype) for k, shape in shapes.items()}
-    wide = torch.promote_types(dtype, torch.float32)                                           # a model keeps its scale in full precision
+    wide = torch.promote_types(dtype, torch.float32)                                           # a model keeps its parameters in full precision
+    f |= {f"mgca.{k}": torch.randn(x.shape, generator=draw, dtype=torch.float64).to(wide) / 2 for k, x in losses.MGCA(D, 7, 3).named_parameters()}
     return f | {"M": torch.arange(8) < torch.tensor([3, 5, 8, 4])[:, None], "log_scale": torch.tensor(scale, dtype=wide).log()}
 
 
+def shared(name):
+    return name == "log_scale" or name.startswith("mgca.")                                     # a parameter, the others are features
+
+
 def subset(f, rows, length=8):
-    f = {k: x if x.dim() == 0 else x[list(rows)] for k, x in f.items()}
+    f = {k: x if shared(k) else x[list(rows)] for k, x in f.items()}
     return f | {k: f[k][:, :length] for k in ("T", "M") if k in f}
 
 
@@ -104,12 +194,37 @@ def finite(result):
 CLIP = lambda f: (f["v"], f["t"], f["log_scale"].exp())
 FILIP = lambda f: (f["V"], f["T"], f["M"], f["log_scale"].exp())
 SPARC = lambda f: (f["v"], f["t"], *FILIP(f))
+PACL = lambda f: (f["V"], f["t"], f["log_scale"].exp())
+GLORIA = lambda f: (*SPARC(f), f["log_scale"].exp() / 2)
+PYRAMID = lambda f: (f["v"], f["v_l"], f["v_r"], f["l_s"], f["t"], f["l_a"], f["log_scale"].exp())
+MGCA = lambda f: SPARC(f)[:5]
+ARGS = types.SimpleNamespace(keep=1., gather_dtype="fp32", hard_targets=False, alpha=0.3, lam=0.2, mu=0.5, terms=losses.SIX, global_weight=0.7,
+                             local_weight=1.3, sigma="1/P", softmax=False, drop_special=False)            # the options of train.py
+
+
+def mgca_parameters(f):
+    parameters = {k[5:]: x for k, x in f.items() if k.startswith("mgca.")}
+    return parameters | {"log_scales": parameters["log_scales"] + f["log_scale"]}              # so that its scales follow that of pairs()
+
+
+def mgca(f, *inputs, head=losses.MGCA(5, 7, 3)):
+    return functional_call(head, mgca_parameters(f), inputs or MGCA(f))
+
+
 filip = lambda **kw: (lambda f: losses.filip_loss(*FILIP(f), **kw), lambda f: slow_filip(*FILIP(f), **kw))
+pacl = lambda **kw: (lambda f: losses.pacl_loss(*PACL(f), **kw), lambda f: slow_pacl(*PACL(f), **kw))
+gloria = lambda **kw: (lambda f: losses.gloria_loss(*GLORIA(f), **kw)["loss"], lambda f: slow_gloria(*GLORIA(f), **kw))
+pyramid = lambda *a: (lambda f: losses.pyramid_loss(*PYRAMID(f), *a[:3], normalised=len(a) > 3)["loss"], lambda f: slow_pyramid(*PYRAMID(f), *a))
 sparc = lambda **kw: (lambda f: losses.sparc_loss(*SPARC(f), 0.7, 1.3, **kw)["loss"], lambda f: slow_sparc(*SPARC(f), 0.7, 1.3, **kw))
 FAST_SLOW = {"clip": (lambda f: losses.clip_loss(*CLIP(f)), lambda f: slow_clip(*CLIP(f))),
              "filip": filip(), "filip keep=0.5": filip(keep=0.5), "filip keep=0.1": filip(keep=0.1),
              "sparc": sparc(), "sparc sigma=0": sparc(sigma=0), "sparc sigma=0.5": sparc(sigma=0.5),
-             "sparc softmax": sparc(softmax=True), "sparc drop_special": sparc(drop_special=True)}
+             "sparc softmax": sparc(softmax=True), "sparc drop_special": sparc(drop_special=True),
+             "pyramid": pyramid(0.3, 0.2, 0.5), "pyramid normalised": pyramid(0.3, 0.2, 0.5, True), "pacl": pacl(), "gloria": gloria(),
+             "gloria single_softmax": gloria(single_softmax=True), "gloria mean_words": gloria(mean_words=True),
+             "mgca": (lambda f: mgca(f)["loss"], lambda f: slow_mgca(*MGCA(f), mgca_parameters(f))),
+             "clip+filip": (lambda f: losses.OBJECTIVES["clip+filip"](f | {"scale": f["log_scale"].exp()}, ARGS, None)["loss"],
+                            lambda f: slow_clip(*CLIP(f)) + slow_filip(*FILIP(f)))}
 FAST = {name: fast for name, (fast, slow) in FAST_SLOW.items()}
 every_loss = pytest.mark.parametrize("name", FAST)
 
@@ -132,11 +247,13 @@ def test_padding_and_order_change_nothing(name):
 
 
 @every_loss
-def test_zero_vectors_are_finite(name):
-    f = pairs()
-    for x in (f["v"][0], f["t"][1], f["V"][0, 1], f["V"][2], f["T"][1, 0], f["T"][3]):
+def test_zero_vectors_and_ties_are_finite(name):
+    f, tied = pairs(), pairs()
+    for x in (f["v"][0], f["t"][1], f["V"][0, 1], f["V"][2], f["T"][1, 0], f["T"][3], f["v_l"][2], f["l_a"][0], f["mgca.prototypes"][3]):
         x.zero_()
-    assert finite(run(FAST[name], f))
+    for x in (tied["V"][0], tied["V"][1:3], tied["T"][2], tied["T"][1:3], tied["v"], tied["t"][:2]):     # alike within a sample and across
+        x[...] = x.flatten(0, -2)[0].clone()
+    assert finite(run(FAST[name], f)) and finite(run(FAST[name], tied))
 
 
 @every_loss
@@ -186,6 +303,129 @@ def test_sparc_alignment():
     assert bos_eot[0] == 0.7 * parts["global"] and finite(bos_eot)                             # no word left: the local loss is 0, not NaN
 
 
+def interaction(B, C, P, L, draw=lambda *shape: F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)):
+    torch.manual_seed(0)
+    return draw(B, P, 8), draw(C, L, 8), torch.arange(L) < torch.randint(1, L + 1, (C, 1))
+
+
+@pytest.mark.parametrize("dtype, ties, value, gradient", [(torch.float64, False, 1e-9, 1e-9), (torch.float64, True, 1e-9, 1e-9), (torch.float32, False, 1e-6, 1e-4),
+                                                          (torch.bfloat16, True, 1e-5, 2e-2), (torch.bfloat16, False, 2 ** -8, math.inf)])
+def test_filip_by_blocks_equals_its_plain_twin(monkeypatch, dtype, ties, value, gradient):
+    """ties: products of small integers are exact in any dtype, and mostly alike. Otherwise bf16's rounding decides which is the largest."""
+    V, T, M = interaction(26, 40, 33, 32, *[lambda *shape: torch.randint(-1, 2, shape)] * ties)              # large enough for blocks
+    f = {"V": V.to(dtype), "T": T.to(dtype)}
+    weights, used = torch.randn(2, 26, 40, dtype=torch.promote_types(dtype, torch.float32)), []
+
+    def blocks(V, T):                                   # 10, 10 and 6 pictures, 17, 17 and 6 texts
+        used.append(len(V))
+        return [(slice(i, i + 10), slice(j, j + 17)) for j in range(0, len(T), 17) for i in range(0, len(V), 10)]
+
+    monkeypatch.setattr(losses._BlockedLateInteraction, "blocks", staticmethod(blocks))
+    for a, b in zip(losses.late_interaction(*f.values(), M), losses._late_interaction(*f.values(), M)):
+        assert a.dtype == b.dtype == weights.dtype and (a - b).abs().max() <= value
+    ours, plain = (run(lambda f: sum((w * s).sum() for w, s in zip(weights, fn(f["V"], f["T"], M))), f)
+                   for fn in (losses.late_interaction, losses._late_interaction))
+    assert len(used) == 3 and finite(ours) and (ours[1]["T"][~M] == 0).all() and all(ours[1][k].dtype == dtype for k in f)
+    for k, d in plain[1].items():
+        assert (ours[1][k] - d).abs().max() <= gradient * d.abs().max()
+
+
+def test_filip_blocks():
+    for B, C, elements in ((5, 7, 3000), (5, 300, 9000), (3, 2, 1)):
+        seen, blocks = torch.zeros(B, C), losses._BlockedLateInteraction.blocks(torch.zeros(B, 6, 1), torch.zeros(C, 5, 1), elements)
+        for b, c in blocks:
+            seen[b, c] += 1
+        assert (seen == 1).all() and len(blocks) > 1
+    V, T, M = interaction(26, 40, 33, 32)
+    V[3, 5, 2] = math.nan                               # an overflow upstream: it has to come out, so that training stops, and not to crash here
+    ours, plain = losses.late_interaction(V.requires_grad_(), T, M), losses._late_interaction(V, T, M)
+    torch.testing.assert_close(ours, plain, equal_nan=True)
+    assert ours[0][3].isnan().all() and torch.autograd.grad(sum(ours).sum(), V)[0].shape == V.shape
+
+
+@pytest.mark.parametrize("n", [1, 3, 255, 256, 300])
+def test_first_max_is_torch_max(n):
+    for s in (torch.randint(3, (4, n, 5)), torch.randn(4, n, 5).bfloat16(), torch.zeros(4, n, 5)):
+        for ours, theirs in zip(losses._first_max(s, 1) + losses._first_max(s.mT, 2), (*s.max(1), *s.mT.max(2))):
+            assert torch.equal(ours.to(theirs.dtype), theirs)
+
+
+def test_pyramid_terms():
+    f, g, weights = pairs(), 10., {"peer": 0.3, "cross_global": 0.2, "cross_local": 0.5, "mismatched": 1 / 3}
+    sides = {"G": f["v"], "L": f["v_l"], "R": f["v_r"], "S": f["l_s"], "T": f["t"], "A": f["l_a"]}
+    mean = lambda *names: sum(slow_soft_clip(sides[x], sides[y], g) for x, y in names) / len(names)
+    run_ = lambda terms, without=(): losses.pyramid_loss(*(None if k in without else sides[k] for k in "GLRSTA"), g, lam=0.2, mu=0.5, terms=terms)
+    six = {"peer": mean("GS", "LT"), "cross_global": mean("GA", "RS"), "cross_local": mean("LA", "RT")}
+    for out, groups in ((run_(losses.SIX), six), (run_(losses.SIX + ("GT", "LS")), six | {"mismatched": mean("GT", "LS")}),
+                        (run_(losses.SIX + ("RA",)), six | {"peer": mean("GS", "LT", "RA")}), (run_(("GA",)), {"cross_global": mean("GA")}),
+                        (run_(("LT", "LA", "RT")), {"peer": mean("LT"), "cross_local": six["cross_local"]}),
+                        (run_(losses.SIX, "R"), six | {"cross_global": mean("GA"), "cross_local": mean("LA")}),
+                        (run_(losses.SIX + ("RA", "GT"), "RA"), {"peer": six["peer"], "mismatched": mean("GT")})):
+        expected = sum(weights[k] * x for k, x in groups.items()) / sum(weights[k] for k in groups)
+        torch.testing.assert_close(out, {"loss": expected, **groups})
+    torch.testing.assert_close(losses.soft_clip_loss(*CLIP(f), alpha=0.), losses.clip_loss(*CLIP(f)))
+    six_pairs = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)      # at scale 0 a target's sum times log 6
+    assert [round(losses.soft_clip_loss(*six_pairs, 0., normalised=x).item() / math.log(6), 9) for x in (False, True)] == [1.04, 1]
+
+
+def test_similarities_of_all_pairs_are_those_of_each_alone():
+    """So every text has its own pooling of a picture's patches, and one picture, text, patch or word is not squeezed away."""
+    V, T, M, _ = FILIP(pairs())
+    for similarity in (lambda V, T, M: losses.pacl_similarity(V, T[:, 0]), losses.gloria_similarity, lambda *x: losses.filip_similarity(*x)[1]):
+        for V_, T_, M_ in ((V, T, M), (V[:, :1], T[:, :1], M[:, :1])):
+            alone = [[similarity(V_[i:i + 1], T_[j:j + 1], M_[j:j + 1]) for j in range(3)] for i in range(4)]
+            torch.testing.assert_close(similarity(V_, T_[:3], M_[:3]), torch.cat([torch.cat(row, 1) for row in alone]))
+
+
+@pytest.mark.parametrize("name, pictures", [("pacl", 3), ("gloria", 3), ("pacl", 1)])
+def test_by_blocks_equals_the_whole(monkeypatch, name, pictures):
+    f, sizes, checkpoint = pairs(), [], losses.checkpoint
+    whole, whole32, autocast = run(FAST[name], f), run(FAST[name], pairs(dtype=torch.float32)), torch.autocast("cpu", torch.bfloat16)
+    monkeypatch.setattr(losses, "checkpoint", lambda fn, V, *text, **kw: [sizes.append(len(V)), checkpoint(fn, V, *text, **kw)][1])
+    monkeypatch.setitem(losses.by_blocks.__kwdefaults__, "elements", pictures * (4 if name == "pacl" else 4 * 8) * 4 + 1)     # texts, patches
+    assert same(run(FAST[name], f), whole) and sizes == {3: [3, 1], 1: [1, 1, 1, 1]}[pictures]
+    assert same(run(FAST[name], pairs(dtype=torch.float32), autocast), whole32, 1e-6, 1e-5)     # computed again outside autocast, as before
+
+
+def test_sinkhorn():
+    z = torch.randn(6, 4, dtype=torch.float64)
+    torch.testing.assert_close(losses.sinkhorn(z), slow_sinkhorn(z))
+    torch.testing.assert_close(losses.sinkhorn(z, 0.5, 1), slow_sinkhorn(z, 0.5, 1))
+    q, ones = losses.sinkhorn(z, iters=2000), torch.ones(6, dtype=torch.float64)
+    torch.testing.assert_close((q.sum(1), q.sum(0)), (ones, ones[:4] * 6 / 4))                 # samples give 1, prototypes share equally
+    half = 20 * z.half()                                # trap: exp overflows, at cosines of 1 already in half precision
+    assert losses.sinkhorn(half).isfinite().all() and not slow_sinkhorn(half).isfinite().all() and not slow_sinkhorn(half.float()).isfinite().all()
+
+
+def test_mgca_prototypes_freeze():
+    head, inputs = losses.MGCA(5, 7, 3, freeze_steps=2).double().eval(), MGCA(pairs())
+    for learns in (True, False, False, True, True):     # the first is in eval mode and does not count
+        head.prototypes.data *= 3
+        head.zero_grad()
+        head(*inputs)["cpa"].backward()
+        assert (head.prototypes.grad is not None) == learns and torch.allclose(head.prototypes.norm(dim=1), torch.ones(7).double())
+        head.train()
+
+
+def test_objectives_by_name():
+    """What train.py calls is what is tested here, and the parts add up."""
+    f, heads = pairs(), {"mgca": functools.partial(mgca, pairs()), "gloria": types.SimpleNamespace(log_scale=pairs()["log_scale"] - math.log(2))}
+    f |= {"scale": f["log_scale"].exp()}
+    out = {name: objective(f, ARGS, heads.get(name)) for name, objective in losses.OBJECTIVES.items()}
+    torch.testing.assert_close({name: x["loss"] for name, x in out.items()}, {name: FAST[name](f) for name in out})
+    for name in ("clip+filip", "gloria"):
+        assert out[name]["global"] == FAST["clip"](f) and out[name]["loss"] == out[name]["global"] + out[name]["local"]
+    x = out["mgca"]
+    assert x["ita"] == losses.clip_loss(f["v"], f["t"], x["scale"]) and abs(x["loss"] - x["ita"] - x["cta"] - x["cpa"]) < 1e-9
+    ablations = types.SimpleNamespace(**vars(ARGS) | {"hard_targets": True, "terms": ("GS",), "keep": 0.5, "sigma": 0.5})
+    ablated = {name: losses.OBJECTIVES[name](f, ablations, None)["loss"] for name in ("pyramid", "filip", "sparc")}
+    torch.testing.assert_close(ablated["pyramid"], losses.clip_loss(f["v"], f["l_s"], f["scale"]))
+    assert ablated["filip"] == FAST["filip keep=0.5"](f) and ablated["sparc"] == FAST["sparc sigma=0.5"](f)
+    sizes = {name: [tuple(p.shape) for p in losses.make_head(name, 8).parameters()] for name in losses.OBJECTIVES}
+    attention = 2 * [*3 * [(128, 8), (128,)], (8, 128), (8,)]                                  # SPARC D.4: 1 head, 128 wide, 500 prototypes
+    assert sizes == {name: [] for name in sizes} | {"gloria": [()], "mgca": [(500, 8), (3,), *attention]}
+
+
 # ------------------------------------------------------------------------------------------------------------------------ the traps
 def filip_with(f, mistake, keep):
     """FILIP in a short tensor form, with one mistake on demand."""
@@ -231,20 +471,65 @@ def sparc_local_with(f, mistake):
     return total
 
 
+def pacl_with(f, mistake):
+    """PACL with the pooled vectors made, (B,C,D), and one mistake on demand."""
+    V, t, g = PACL(f)
+    V, t, y = F.normalize(V, dim=-1), F.normalize(t, dim=-1), torch.arange(len(t))
+    pooled = torch.einsum("bcp,bpd->bcd", torch.einsum("bpd,cd->bcp", V, t).softmax(2), V)
+    pooled = pooled[y, y][:, None] if mistake == "pooled with the own caption only" else pooled
+    x = g * F.cosine_similarity(pooled, t[None], dim=2)
+    return (F.cross_entropy(x, y) + F.cross_entropy(x if mistake == "both over the same axis" else x.T, y)) / 2
+
+
+def gloria_local_with(f, mistake):
+    """GLoRIA's local loss with what each word sees made, (B,C,L,D), and one mistake on demand."""
+    V, T, M, g = FILIP(f)
+    y, mask = torch.arange(len(V)), lambda x, M, m: x if mistake == m else x.masked_fill(~M, -math.inf)
+    s = torch.einsum("bpd,cld->bclp", V, T) / V.shape[2] ** (1 if mistake == "divided by D" else 0.5)
+    w = mask(s, M[:, :, None], "padding in the softmax over words").softmax(2)
+    r = F.cosine_similarity(torch.einsum("bclp,bpd->bcld", (4 * w).softmax(3), V), T, dim=3)
+    x = g * mask(5 * r, M, "padding in the sum over words").logsumexp(2)
+    x = x.squeeze() if mistake == "squeeze" else x
+    return (F.cross_entropy(x, y) + F.cross_entropy(x if mistake == "both over the same axis" else x.T, y)) / 2
+
+
+def mgca_cta_with(f, mistake):
+    """MGCA's token alignment in a short tensor form, with one mistake on demand."""
+    V, T, M, p, total = f["V"], f["T"], f["M"], mgca_parameters(f), 0
+
+    def look(name, x, others, mask=None):
+        layer = lambda part, x: F.linear(x, p[f"{name}.{part}.weight"], p[f"{name}.{part}.bias"])
+        return layer("out", F.scaled_dot_product_attention(layer("q", x), layer("k", others), layer("v", others), mask))
+
+    words = look("words_see", T, V)
+    patches = look("patches_see", V, T, None if mistake == "patches look at padding" else M[:, None])
+    for x, y, M_ in ((T, F.normalize(words, dim=-1), M), (V, patches if mistake == "attended patches not normalised" else F.normalize(patches, dim=-1), None)):
+        M_ = torch.ones_like(x[..., 0], dtype=torch.bool) if M_ is None else M_
+        for s in (z := p["log_scales"][1].exp() * F.normalize(x, dim=-1) @ y.mT, z.mT):
+            s = s if mistake == "padding in the denominators" else s.masked_fill(~M_[:, None], -1e9)
+            total = total + (F.cross_entropy(s.mT, torch.arange(s.shape[1]).expand(s.shape[:2]), reduction="none") * M_).sum() / M_.sum() / 2
+    return total
+
+
 TRAPS = [("filip", m) for m in ("both over the same axis", "one matrix for both directions", "padding takes part in the max",
                                 "padding as zero vectors", "sum over words")]
 TRAPS += [("filip keep=0.5", m) for m in ("selection by sum", "selection by the own pair", "positive not reduced", "both sides reduced")]
 TRAPS += [("sparc", m) for m in ("0/0 when all patches tie", "padded rows of -inf times 0", "padding as negatives", "cross_entropy over dim 1",
                                  "grouped over all images of the batch", "weights detached", "patches normalised before the similarity",
                                  "no threshold", "mean of the captions' means")]
+TRAPS += [("pacl", m) for m in ("pooled with the own caption only", "both over the same axis")]
+TRAPS += [("gloria", m) for m in ("divided by D", "padding in the softmax over words", "padding in the sum over words", "both over the same axis")]
+TRAPS += [("mgca", m) for m in ("attended patches not normalised", "padding in the denominators", "patches look at padding")]
+SHORT = {"sparc": (lambda f: losses.sparc_loss(*SPARC(f))["local"], sparc_local_with), "pacl": (FAST["pacl"], pacl_with),
+         "gloria": (lambda f: losses.gloria_loss(*SPARC(f), f["log_scale"].exp())["local"], gloria_local_with),
+         "mgca": (lambda f: mgca(f)["cta"], mgca_cta_with)}
 
 
 @pytest.mark.parametrize("name, mistake", TRAPS)
 def test_trap(name, mistake):
-    f, fast, with_mistake = pairs(), FAST[name], lambda f, m: filip_with(f, m, 0.5 if "keep" in name else 1)
+    f, (fast, with_mistake) = pairs(), SHORT.get(name, (FAST[name], lambda f, m: filip_with(f, m, 0.5 if "keep" in name else 1)))
     if name == "sparc":
         f["V"][1] = f["V"][1, 0].clone()                # a picture of one colour: its patches all tie
-        fast, with_mistake = lambda f: losses.sparc_loss(*SPARC(f))["local"], sparc_local_with
     ours, right, wrong = run(fast, f), run(lambda f: with_mistake(f, None), f), run(lambda f: with_mistake(f, mistake), f)
     assert same(ours, right) and not same(ours, wrong, 1e-3, 1e-3)
 
@@ -262,11 +547,18 @@ def test_filip_trap_mean_in_half_precision():
     assert (ours - exact).abs().max() < 1e-6 < 5e-5 < (s.mean(2) - exact).abs().max()          # times a scale of 100: 0.005 in a logit
 
 
-@pytest.mark.parametrize("name", ["clip", "filip", "sparc"])
+def test_gloria_trap_squeeze():
+    one = subset(pairs(), [1])                          # B = 1: the 1 x 1 similarities become a number without rows
+    assert SHORT["gloria"][0](one) == gloria_local_with(one, None) == 0
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        gloria_local_with(one, "squeeze")
+
+
+@pytest.mark.parametrize("name", ["clip", "filip", "sparc", "gloria", "mgca", "pyramid"])
 def test_trap_exp_then_log(name):
     """At scale 100 exp overflows float32. The slow versions do just that, and are right only because float64 reaches e^709."""
     f = pairs(P=8, scale=100.)
-    f |= {"t": f["v"], "T": f["V"], "M": torch.ones_like(f["M"])}
+    f |= {"t": f["v"], "T": f["V"], "M": torch.ones_like(f["M"])} | {k: f["v"] for k in ("v_l", "v_r", "l_s", "l_a")}
     single = {k: x if k == "M" else x.float() for k, x in f.items()}
     fast, slow = FAST_SLOW[name]
     assert not slow(single).isfinite() and abs(fast(single) - slow(f)) < 1e-4
@@ -290,7 +582,8 @@ def test_trap_scale_clamped_in_the_forward(name):
 
 
 # ------------------------------------------------------------------------------------------------------------------- two processes
-SPREAD = ("clip", "filip", "filip keep=0.5", "sparc", "sparc drop_special")
+SPREAD = ("clip", "filip", "filip keep=0.5", "sparc", "sparc drop_special", "pyramid", "pyramid normalised", "pacl", "gloria", "mgca")
+HALF = {name: fn(gather_dtype=torch.float16)[0] for name, fn in (("filip", filip), ("pacl", pacl), ("gloria", gloria))}
 GATHERS = [(None, 1.), (torch.float16, 1.), (torch.float16, 1e-9)]                             # dtype of the transport, size of the gradient
 
 
@@ -300,7 +593,7 @@ def process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=30))
     f, gather = subset(pairs(), *HALVES[rank]), losses.gather                                  # captions padded to 5 here, to 8 there
     out = {name: run(FAST[name], f) for name in SPREAD}
-    out["filip fp16"] = run(filip(gather_dtype=torch.float16)[0], f)
+    out |= {("fp16", name): run(fn, f) for name, fn in HALF.items()}
     for dtype, size in GATHERS:
         x = f["v"].clone().requires_grad_()
         y = gather(x, dtype)
@@ -322,11 +615,11 @@ def ranks(tmp_path_factory):
 
 
 def as_ddp(ranks, key):
-    """The whole batch's result from the two ranks': the mean of their losses and of their gradients of the scale. A feature's gradient
+    """The whole batch's result from the two ranks': the mean of their losses and of their parameters' gradients. A feature's gradient
     is on the rank that owns it, where gather's backward has added what the other rank's loss asks for; the mean halves it too."""
     (loss0, g0), (loss1, g1) = (r[key] for r in ranks)
     g0 = g0 | {"T": F.pad(g0["T"], (0, 0, 0, 3))}
-    return (loss0 + loss1) / 2, {k: (g0[k] + g1[k] if k == "log_scale" else torch.cat([g0[k], g1[k]])) / 2 for k in g0}
+    return (loss0 + loss1) / 2, {k: (g0[k] + g1[k] if shared(k) else torch.cat([g0[k], g1[k]])) / 2 for k in g0}
 
 
 @pytest.mark.parametrize("name", SPREAD)
@@ -335,8 +628,8 @@ def test_two_processes_equal_one(ranks, name):
     if "keep" in name:                                  # tokens are selected per process, so one process has to imitate two
         one, alone = run(lambda f: slow_filip(*FILIP(f), keep=0.5, workers=HALVES), pairs()), one
         assert not same(one, alone, 1e-3, 1e-3)
-    if name == "filip":
-        assert same(as_ddp(ranks, "filip fp16"), one, 1e-2, 1e-2)                              # as close as tokens sent in fp16 can be
+    if name in HALF:                                    # as close as tokens sent in fp16 can be
+        assert same(as_ddp(ranks, ("fp16", name)), one, 1e-2, 1e-2) and not same(as_ddp(ranks, ("fp16", name)), one, 1e-9, 1e-9)
     assert same(as_ddp(ranks, name), one, 1e-9, 1e-9)
     # traps: gather without gradient (right value, wrong gradients); wrong labels on rank 1
     detached, mislabelled = as_ddp(ranks, ("no gradient", name)), as_ddp(ranks, ("labels", name))
@@ -359,5 +652,5 @@ def test_each_numbered_equation_is_tagged_once():
     """So that grep -n "SPARC eq. 3" *.py leads to one line."""
     folder = os.path.dirname(losses.__file__)
     source = "".join(open(os.path.join(folder, f"{name}.py"), encoding="utf-8").read() for name in ("data", "model", "losses", "train", "eval", "visualize"))
-    for paper, numbers in (("FILIP", range(1, 7)), ("SPARC", (*range(1, 8), 9))):
+    for paper, numbers in (("FILIP", range(1, 7)), ("PyramidCLIP", range(1, 5)), ("SPARC", (*range(1, 8), 9))):
         assert {n: len(re.findall(rf"{paper} eq\. {n}\b", source)) for n in numbers} == {n: 1 for n in numbers}
