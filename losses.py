@@ -100,15 +100,6 @@ def info_nce(i2t, t2i):
     return (F.cross_entropy(i2t, y) + F.cross_entropy(t2i, y)) / 2
 
 
-def token_mean(total, n):
-    """total / n over all ranks' tokens: ranks hold unequal numbers of them, so the mean of their means would be another."""
-    n = torch.as_tensor(n, device=total.device)
-    if world() > 1:
-        n = n.clone()
-        dist.all_reduce(n)
-    return total * world() / n.clamp(min=1)
-
-
 def within_pair_loss(x, y, M, scale):
     """x, y (b,L,D), M (b,L): each x_l must find y_l among the real positions of its own pair, and the other way round -> scalar, the
     mean over all real positions of all ranks."""
@@ -118,7 +109,11 @@ def within_pair_loss(x, y, M, scale):
     for s in (x_to_y, x_to_y.transpose(1, 2)):
         s = s.masked_fill(~M[:, None], float("-inf"))                                          # padding is no negative
         total = total + F.cross_entropy(s[M], own, reduction="sum") / 2                        # padded rows are left out
-    return token_mean(total, M.sum())
+    n = M.sum()
+    if world() > 1:                                                # ranks hold unequal numbers: the mean of their means would be another
+        dist.all_reduce(n)
+        total = total * world()
+    return total / n.clamp(min=1)
 
 
 def attended_cosine(a, s, V):

@@ -16,8 +16,8 @@ pool="mean" (SPARC): no [CLS]; v = g_v(h_v(mean of f_v)), t = g_t(mean of f_t ov
 
 Differs from the papers: SPARC does not say whether its text tower is causal or what h_v's nonlinearity is: here both ways (a mean
 over tokens wants it; causal=True gives the other) and GELU. PyramidCLIP's region path starts with the picture's own class token (ViT) or
-the regions' mean (ResNet), as its released model does, where the text says a random one; regions that are padding are masked.
-`tiny` is ours: two layers of SPARC's towers, for CPUs and the built-in scenes.
+the regions' mean (ResNet), as its released model does, where the text says a random one; regions that are padding are masked; BatchNorm
+sees both crops of a batch at once. `tiny` is ours: two layers of SPARC's towers, for CPUs and the built-in scenes.
 """
 import argparse
 import collections
@@ -164,11 +164,12 @@ class ResidualEmbedder(nn.Module):
 class VisionTransformer(nn.Module):
     """f_v with its pooling and adapter. forward(images (B,3,H,W)) -> v (B,D), V (B,P,D).
 
-    leff: blocks with LeFF, PyramidCLIP's f1; the rest are f2. regions: size of a region's features, 0 for no phi. embedder: PACL's e_v."""
+    leff: so many blocks, from the first, have LeFF. front: blocks in PyramidCLIP's f1, None for as many as leff; the rest are f2, where
+    regions enter. regions: size of a region's features, 0 for no phi. embedder: PACL's e_v."""
 
-    def __init__(self, image_size, patch_size, width, layers, heads, embed_dim, pool, act, leff=0, regions=0, embedder=False):
+    def __init__(self, image_size, patch_size, width, layers, heads, embed_dim, pool, act, leff=0, front=None, regions=0, embedder=False):
         super().__init__()
-        self.patch_size, self.pool, self.grid, self.leff = patch_size, pool, image_size // patch_size, leff
+        self.patch_size, self.pool, self.grid, self.front = patch_size, pool, image_size // patch_size, leff if front is None else front
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         if pool == "cls":
             self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
@@ -205,12 +206,12 @@ class VisionTransformer(nn.Module):
         return self.adapter(self.h_v(f.mean(1))), self.adapter(self.h_v(f) if patches_through_h else f)
 
     def encode_regions(self, R, mask):
-        """R (B,M,regions), mask (B,M) -> v_r (B,D): f2, the blocks behind the LeFF ones, without positions, which R contains."""
+        """R (B,M,regions), mask (B,M) -> v_r (B,D): f2, the blocks behind f1, without positions, which R contains."""
         x = R @ self.phi                                                                       # (B, M, w)
         if self.pool == "cls":
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
             mask = F.pad(mask, (1, 0), value=True)
-        f = self.ln_post(self.transformer(self.ln_pre(x), key_bias(mask), first=self.leff))
+        f = self.ln_post(self.transformer(self.ln_pre(x), key_bias(mask), first=self.front))
         return self.adapter(f[:, 0] if self.pool == "cls" else self.h_v(masked_mean(f, mask)))
 
 
@@ -236,7 +237,7 @@ class Bottleneck(nn.Module):
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = None
         if stride > 1 or inside != 4 * width:
-            self.downsample = nn.Sequential(collections.OrderedDict([
+            self.downsample = nn.Sequential(collections.OrderedDict([  # OpenAI's names: the pooling was put in front of 0 and 1
                 ("-1", nn.AvgPool2d(stride)), ("0", nn.Conv2d(inside, 4 * width, 1, bias=False)), ("1", nn.BatchNorm2d(4 * width))]))
         nn.init.zeros_(self.bn3.weight)                            # each block starts as its shortcut
 
@@ -270,7 +271,7 @@ class ModifiedResNet(nn.Module):
 
     def __init__(self, image_size, width, layers, heads, embed_dim, regions=0):
         super().__init__()
-        self.image_size, self.grid, self.leff = image_size, image_size // 32, 0
+        self.image_size, self.grid = image_size, image_size // 32
         w = width // 2
         self.conv1, self.bn1 = nn.Conv2d(3, w, 3, 2, 1, bias=False), nn.BatchNorm2d(w)
         self.conv2, self.bn2 = nn.Conv2d(w, w, 3, padding=1, bias=False), nn.BatchNorm2d(w)
@@ -286,7 +287,7 @@ class ModifiedResNet(nn.Module):
         if regions:
             self.phi, self.roi_norm = nn.Parameter(inside ** -0.5 * torch.randn(regions, inside)), LayerNorm(inside)
 
-    def forward(self, images, patches_through_h=False):
+    def forward(self, images, patches_through_h=False):            # there is no h_v
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise UserError(f"this model takes images (B, 3, {self.image_size}, {self.image_size}), not {tuple(images.shape)}: see data.center_crop")
         x = images
@@ -310,13 +311,14 @@ class CLIP(nn.Module):
     """The two towers and log_scale = ln(1 / temperature). config: the dict build() makes, enough to build it again."""
 
     def __init__(self, image_size, patch_size, vision_width, vision_layers, vision_heads, embed_dim, vocab_size, context_length,
-                 text_width, text_layers, text_heads, pool, causal, patches_through_h, act, leff=0, regions=0, embedder=False):
+                 text_width, text_layers, text_heads, pool, causal, patches_through_h, act, leff=0, front=None, regions=0, embedder=False):
         super().__init__()
         self.config = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         self.pool, self.causal, self.patches_through_h, self.context_length = pool, causal, patches_through_h, context_length
         Act = {"gelu": nn.GELU, "quickgelu": QuickGELU}[act]
         if isinstance(vision_layers, int):
-            self.visual = VisionTransformer(image_size, patch_size, vision_width, vision_layers, vision_heads, embed_dim, pool, Act, leff, regions, embedder)
+            self.visual = VisionTransformer(image_size, patch_size, vision_width, vision_layers, vision_heads, embed_dim, pool, Act,
+                                            leff, front, regions, embedder)
         else:
             self.visual = ModifiedResNet(image_size, vision_width, vision_layers, vision_heads, embed_dim, regions)
         self.token_embedding = nn.Embedding(vocab_size, text_width)
@@ -361,6 +363,8 @@ class CLIP(nn.Module):
 
     def encode_regions(self, R, mask):
         """R (B,M,2052) region features, mask (B,M) bool -> v_r (B,D). PyramidCLIP 3.3: f2(phi(R))."""
+        if not self.config["regions"]:
+            raise UserError("this model takes no regions: build it with regions=2052")
         return self.visual.encode_regions(R, mask)
 
     def forward(self, images, ids, mask, images_l=None, regions=None, regions_mask=None, summary=None, summary_mask=None,
@@ -394,18 +398,18 @@ def clamp_scales(module):
 def build(name, **overrides):
     """A model by name; overrides replace sizes (image_size, vocab_size, pool="cls"|"mean", causal, act, leff, regions, embedder, ...).
 
-    leff: blocks with LeFF, from the first; regions: size of the region features that encode_regions takes; embedder: PACL's e_v for g_v.
+    leff: blocks with LeFF, from the first; front: blocks before regions enter (None: as many); regions: size of the region features that encode_regions takes; embedder: PACL's e_v for g_v.
     Raises UserError for an unknown name or size, for patches that do not divide the image, for heads that do not divide a width.
     """
     if name not in CONFIGS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(CONFIGS)}")
-    c = {"causal": None, "patches_through_h": False, "act": None, "leff": 0, "regions": 0, "embedder": False} | CONFIGS[name]
+    c = {"causal": None, "patches_through_h": False, "act": None, "leff": 0, "front": None, "regions": 0, "embedder": False} | CONFIGS[name]
     unknown = [k for k in overrides if k not in c]
     if unknown:
         raise UserError(f"a model has no setting {', '.join(unknown)}: choose from {', '.join(c)}")
     overrides = {k: v for k, v in overrides.items() if v is not None}
     if not isinstance(c["vision_layers"], int):
-        transformers_only = ("patch_size", "vision_width", "vision_layers", "vision_heads", "pool", "patches_through_h", "leff", "embedder")
+        transformers_only = ("patch_size", "vision_width", "vision_layers", "vision_heads", "pool", "patches_through_h", "leff", "front", "embedder")
         wrong = [k for k in transformers_only if overrides.get(k, c[k]) != c[k]]
         if wrong:
             raise UserError(f"{name}'s image tower is a ResNet, which has no {', '.join(wrong)} to choose: leave that out, or take a ViT")
@@ -417,8 +421,9 @@ def build(name, **overrides):
         w, h = c[f"{tower}_width"], c[f"{tower}_heads"]
         if h < 1 or w % h:
             raise UserError(f"{h} heads do not divide the {tower} tower's width {w}: the papers have width / 64 heads")
-    if c["regions"] and c["leff"] and c["leff"] >= c["vision_layers"]:
-        raise UserError(f"{c['leff']} blocks with LeFF leave none of {c['vision_layers']} for the regions: choose leff below vision_layers")
+    front = c["leff"] if c["front"] is None else c["front"]
+    if c["regions"] and front and front >= c["vision_layers"]:
+        raise UserError(f"{front} blocks with LeFF leave none of {c['vision_layers']} for the regions: choose leff below vision_layers")
     if c["act"] not in (None, "gelu", "quickgelu"):
         raise UserError(f"act is gelu or quickgelu, not {c['act']!r}")
     if c["pool"] not in ("cls", "mean"):
@@ -468,7 +473,7 @@ class _TensorsOnly(pickle.Unpickler):
 
 
 def load_openai(path):
-    """OpenAI CLIP's weights -> model (fp32). path: a state dict, or the released TorchScript archive, whose code is not run.
+    """OpenAI CLIP's weights -> model in eval mode, fp32. path: a state dict, or the released TorchScript archive, whose code is not run.
     The sizes are read off the tensors' shapes. Raises UserError for any other file."""
     try:
         with warnings.catch_warnings():
@@ -499,10 +504,10 @@ def load_openai(path):
                       vision_heads=width * 32 // 64)
         model = CLIP(**c)
         model.load_state_dict(state)
+        return model.eval()                                         # for RN50's BatchNorm
     except (LookupError, ValueError, AttributeError, RuntimeError, TypeError) as e:
         raise UserError(f"{path} does not have OpenAI CLIP's layout ({' '.join(str(e).split())[:150]}): its keys should be visual.conv1.weight, "
                         f"transformer.resblocks.0.attn.in_proj_weight, text_projection, ...") from None
-    return model
 
 
 def count(module):
