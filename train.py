@@ -28,7 +28,7 @@ from data import Batches, Scenes, Tokenizer, UserError, normalize, open_dataset,
 from losses import DTYPES, OBJECTIVES, SIX, WITHIN_PAIR, make_head
 
 # For --model tiny: what suits 56-pixel scenes, and what suits photographs.
-DEFAULTS = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, steps=2500, lr=1.5e-3, crop=None, local_crop=None, vocab="learn:1000", context_length=32, sigma=0.5, local_weight=0.15),
+DEFAULTS = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, steps=2800, lr=1.5e-3, crop=None, local_crop=None, vocab="learn:1000", context_length=32, sigma=0.5, local_weight=0.15),
             "files": dict(image_size=112, patch_size=16, layers=4, width=192, steps=3000, lr=1e-3, crop=0.5, local_crop=0.5, vocab="learn:8000", context_length=48, sigma=0.5, local_weight=0.15)}
 
 # Options that only some objectives look at.
@@ -80,7 +80,7 @@ def options():
                    "(None: yes for pyramid)")
     g.add_argument("--local-crop", type=float, help="least area of the local crop (None: scenes the picture itself, files 0.5)")
     g = ap.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, help="optimiser steps; the schedule ends there (None: scenes 2500, files 3000)")
+    g.add_argument("--steps", type=int, help="optimiser steps; the schedule ends there (None: scenes 2800, files 3000)")
     g.add_argument("--batch-size", type=int, default=128, help="pairs in a step, over all processes together; halve it if memory runs out")
     g.add_argument("--lr", type=float, help="peak learning rate (None: scenes 1.5e-3, files 1e-3, full-size models 5e-4)")
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up from 0; raise it if the loss sticks at ln(batch)")
