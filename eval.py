@@ -2,8 +2,9 @@
 
     python eval.py runs/sparc                          # on 1,000 test scenes: prints a table, writes runs/sparc/metrics.json
     python eval.py runs/sparc runs/clip --data photos/test.csv        # on real pictures, several runs side by side
+    python eval.py cost                                # what a step costs at full size, beside SPARC's Table 12
 
-Covers: FILIP 3.1.2 and 4.5 (late interaction at inference, mean similarity over prompts), SPARC 4.2, 4.3, 4.5, D.5 and D.7.
+Covers: FILIP 3.1.2 and 4.5 (late interaction at inference, mean similarity over prompts), SPARC 4.2, 4.3, 4.5, D.5, D.6 and D.7.
 
 All numbers are percentages, except the local losses, in nats, and the cost. What they mean:
     retrieval       R@k: the true partner is among the k best of all. Ties count against the model. Several captions a picture: a
@@ -252,6 +253,52 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True):
     return metrics
 
 
+# ---------------------------------------------------------------------------------------------------------------------- what it costs
+TABLE_12 = {"clip": (1.15, 2.29, 4.57, 9.14), "pacl": (1.2, 2.46, 5.24, 12.8), "gloria": (3.34, 13.21), "mgca": (1.16, 2.31, 4.62, 9.23),
+            "filip": (1.37, 3.17, 8.09, 27.25), "sparc": (1.15, 2.3, 4.6, 9.19)}               # SPARC's, TFLOP of an update on one of 256 devices
+
+
+def tower_flops(n, width, layers=12):
+    """Multiplications and additions of a transformer's matmuls on n tokens, forward."""
+    return layers * (24 * n * width ** 2 + 4 * n ** 2 * width)
+
+
+def flops(loss, batch, devices=256, P=196, L=55, D=512, width=768, keep=0.2):
+    """Of the matmuls of one training step on one device that holds batch / devices pairs and meets the whole batch; forward + backward is three
+    times the forward, and both directions are computed. SPARC D.6: ViT-B/16 and its text tower of 12 x 768."""
+    b = batch / devices
+    q = b * batch                                                  # pairs of a picture and a text that one device compares
+    towers = 3 * b * (tower_flops(P, width) + 2 * P * 3 * 16 ** 2 * width + tower_flops(L, width))
+    if loss == "clip":
+        return towers + 12 * q * D
+    adapters = 6 * b * (P + L) * width * D                         # on every token, not on one vector a side
+    embedder = b * (6 * P * (2 * width * D + D ** 2) + 6 * L * width * D)
+    kT, kI = int(keep * L), int(keep * P)
+    local = {"pacl": 24 * q * P * D + 12 * q * D + embedder - adapters,
+             "gloria": 24 * q * P * L * D,
+             "mgca": b * 3 * (2 * (2 * P + 2 * L + P + L) * 128 * D + 8 * 128 * L * P + 4 * (L ** 2 + P ** 2) * D + 4 * 500 * D),
+             "filip": 6 * q * D * (P * kT + kI * L) + 4 * b ** 2 * P * L * D,                  # the second: choosing the tokens to send
+             "sparc": b * 3 * (4 * P * L * D + 4 * L ** 2 * D)}
+    return towers + 12 * q * D + adapters + local[loss]
+
+
+def cost_table():
+    """SPARC's Table 12 beside the model, as text. CLIP's published row counts more than matmuls, so the other rows are it + what they add.
+
+    "20% token dropping" fits only if 20% are kept, and on one side of each product. Three cells cost a quarter to two fifths more than the
+    model: those that would not fit in 16 GB, where the compiler computes values of the forward pass twice."""
+    batches = (2048, 4096, 8192, 16384)
+    lines = [f"{'TFLOP a step and device':24}" + "".join(f"{f'B = {B:,}':>24}" for B in batches),
+             f"{'':24}" + f"{'paper   model  ratio':>24}" * 4]
+    for loss, published in TABLE_12.items():
+        cells = []
+        for B, paper, clip in zip(batches, published, TABLE_12["clip"]):
+            model = flops("clip", B) / 1e12 if loss == "clip" else clip + (flops(loss, B) - flops("clip", B)) / 1e12
+            cells.append(f"{paper:11.2f} {model:7.2f} {model / paper:5.3f}")
+        lines.append(f"{loss:24}" + "".join(f"{c:>24}" for c in cells))
+    return "\n".join(lines)
+
+
 def table(runs):
     """{name: metrics} -> a Markdown table, one row a metric, one column a run."""
     rows = list(dict.fromkeys((g, k) for m in runs.values() for g in m if g != "about" for k in m[g]))
@@ -265,11 +312,14 @@ def table(runs):
 
 def main():
     ap = argparse.ArgumentParser(description="Evaluate runs: prints a table (one column a run) and writes metrics.json in each run folder.")
-    ap.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, such as runs/sparc")
+    ap.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, such as runs/sparc; or the word cost: SPARC's Table 12")
     ap.add_argument("--data", help="scenes, or a CSV with the columns image,caption (default: what the run was trained for)")
     ap.add_argument("--n", type=int, default=1000, help="number of test scenes")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     args = ap.parse_args()
+    if args.runs == ["cost"]:
+        print(cost_table())
+        return
     if args.n < 10:
         raise UserError(f"--n {args.n}: at least 10 scenes are needed")
     names = [os.path.basename(os.path.normpath(r)) for r in args.runs]

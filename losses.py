@@ -161,7 +161,7 @@ def filip_similarity(V, T, M):
 
 
 def late_interaction(V, T, M):
-    """filip_similarity of unit vectors: in plain sight where it is small, else the same by blocks."""
+    """filip_similarity of unit vectors: in plain sight where it is small, else the same by blocks. Position 0 of a text is always real."""
     if V.shape[0] * T.shape[0] * V.shape[1] * T.shape[1] <= 1 << 20:
         return _late_interaction(V, T, M)
     T = torch.where(M[..., None], T, T[:, :1])                     # a copy of BOS never wins over BOS: padding needs no mask below
@@ -327,8 +327,8 @@ def pyramid_loss(v_g, v_l, v_r, l_s, l_t, l_a, scale, alpha=0.2, lam=1/3, mu=1/3
     objects with attributes -> {"loss", "peer", "cross_global", "cross_local", ...}, scalars.
 
     terms: some of GS LT GA RS LA RT and, off in the paper, RA (peer), GT and LS ("mismatched", weighted 1/3 as the others): Tables 5, 14, 15.
-    A group is the mean of its terms; groups without terms fall away and the others' weights are raised to keep their sum.
-    A vector may be None: its terms fall away.
+    A group is the mean of its terms; one without terms falls away. The weights of those that are left are divided by their sum.
+    A vector may be None: its terms fall away. Raises ValueError if no term with a weight is left.
     """
     pictures, texts = {"G": v_g, "L": v_l, "R": v_r}, {"S": l_s, "T": l_t, "A": l_a}
     groups = {"peer": (1 - lam - mu, "GS LT RA"), "cross_global": (lam, "GA RS"), "cross_local": (mu, "LA RT"), "mismatched": (1/3, "GT LS")}
@@ -338,6 +338,8 @@ def pyramid_loss(v_g, v_l, v_r, l_s, l_t, l_a, scale, alpha=0.2, lam=1/3, mu=1/3
         losses = [soft_clip_loss(x, y, scale, alpha, normalised) for x, y in pairs if x is not None and y is not None]
         if losses:
             out[name], weights[name] = sum(losses) / len(losses), weight
+    if not any(weights.values()):
+        raise ValueError("pyramid_loss: no term with a weight is left")
     loss = sum(weights[k] * out[k] for k in out) / sum(weights.values())                       # PyramidCLIP eq. 4
     return {"loss": loss, **out}
 
@@ -355,10 +357,11 @@ def pacl_similarity(V, t, pool_temperature=1.0):
     return by_blocks(block, unit(V), unit(t))
 
 
-def pacl_loss(V, t, scale, gather_dtype=None):
-    """V (b,P,D) patches, t (b,D) texts of the same pairs -> scalar. SPARC D.3: PACL from scratch with a learned temperature."""
-    i2t = pacl_similarity(V, gather(t))                                                        # my pictures, all texts (b, B)
-    t2i = pacl_similarity(gather(V, gather_dtype), t).T if world() > 1 else i2t.T              # my texts, all pictures (b, B)
+def pacl_loss(V, t, scale, gather_dtype=None, **options):
+    """V (b,P,D) patches, t (b,D) texts of the same pairs -> scalar. SPARC D.3: PACL from scratch with a learned temperature.
+    options: those of pacl_similarity."""
+    i2t = pacl_similarity(V, gather(t), **options)                                             # my pictures, all texts (b, B)
+    t2i = pacl_similarity(gather(V, gather_dtype), t, **options).T if world() > 1 else i2t.T   # my texts, all pictures (b, B)
     with torch.autocast(V.device.type, enabled=False):
         return info_nce(scale * i2t, scale * t2i)
 
@@ -410,7 +413,7 @@ def sinkhorn(z, eps=0.05, iters=3):
 
 
 class CrossAttention(nn.Module):
-    """One head of width 128 between words and patches, and back to D. query (b,N,D), key (b,K,D), mask (b,K) -> (b,N,D)."""
+    """One attention head between words and patches, and back to D. query (b,N,D), key (b,K,D), mask (b,K) -> (b,N,D)."""
 
     def __init__(self, dim, width):
         super().__init__()
@@ -441,14 +444,15 @@ class MGCA(nn.Module):
 
     @full_precision
     def forward(self, v, t, V, T, M):
+        learning = self.training and torch.is_grad_enabled()
         g_ita, g_cta, g_cpa = self.log_scales.exp()
         ita = clip_loss(v, t, g_ita)
         word = within_pair_loss(T, self.words_see(T, V), M, g_cta)
         patch = within_pair_loss(V, self.patches_see(V, T, M), torch.ones_like(V[..., 0], dtype=torch.bool), g_cta)
         with torch.no_grad():
             self.prototypes.copy_(unit(self.prototypes))
-            self.calls += self.training
-        C = self.prototypes.detach() if self.calls <= self.freeze_steps and self.training else self.prototypes
+            self.calls += learning
+        C = self.prototypes.detach() if learning and self.calls <= self.freeze_steps else self.prototypes
         z_v, z_t = torch.einsum("bd,kd->bk", unit(v), C), torch.einsum("bd,kd->bk", unit(t), C)
         own = labels(v)
         q_v, q_t = (sinkhorn(gather(z.detach()))[own] for z in (z_v, z_t))                     # over all ranks' samples; my rows

@@ -3,7 +3,7 @@
     torchrun train.py --loss sparc                                    # scenes, no download, minutes on two CPU cores
     torchrun --nproc-per-node 8 train.py --loss filip --model ViT-B/32 --data photos/train.csv --batch-size 4096
 
-Covers: SPARC 4.1 and D.4 (AdamW, warm-up, cosine, weights of the losses), FILIP 3.1.1 (half-precision gather, token selection),
+Covers: SPARC 4.1 and D.4 (AdamW, warm-up, cosine, weights of the losses), FILIP 3.1.1 and A.3 (half-precision gather, token selection, LAMB),
 PyramidCLIP 3.2 and A.2 (crops, blocks with LeFF), and the switches for the papers' ablations.
 
 A run folder holds last.pt (weights, optimiser, vocabulary, options), log.csv, args.json and, at the end, metrics.json and align.png.
@@ -82,7 +82,9 @@ def options():
     g = ap.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, help="optimiser steps; the schedule ends there (None: scenes 2800, files 3000)")
     g.add_argument("--batch-size", type=int, default=128, help="pairs in a step, over all processes together; halve it if memory runs out")
-    g.add_argument("--lr", type=float, help="peak learning rate (None: scenes 1.5e-3, files 1e-3, full-size models 5e-4)")
+    g.add_argument("--optimizer", default="adamw", choices=("adamw", "lamb"), help="lamb is FILIP's")
+    g.add_argument("--lr", type=float, help="peak learning rate (None: scenes 1.5e-3, files 1e-3, full-size models 5e-4; lamb: FILIP's 6e-3 for a batch "
+                   "of 512, times the square root of batch / 512)")
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up from 0; raise it if the loss sticks at ln(batch)")
     g.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's, on weight matrices only")
     g.add_argument("--beta2", type=float, default=0.98, help="AdamW's")
@@ -107,6 +109,8 @@ def options():
     tiny = args.model == "tiny"
     if args.loss == "pyramid" and kind == "files" and args.crop is None:
         args.crop = 0.9
+    if args.optimizer == "lamb" and args.lr is None:
+        args.lr = 6e-3 * (args.batch_size / 512) ** 0.5
     full = dict(lr=5e-4, sigma="1/P", local_weight=1.0, **{k: DEFAULTS[kind][k] for k in ("steps", "crop", "local_crop", "vocab")})
     for k, v in (DEFAULTS[kind] if tiny else full).items():
         if getattr(args, k) is None:
@@ -198,11 +202,43 @@ def learning_rate(step, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
+class LAMB(torch.optim.Optimizer):
+    """Layer-wise adaptive moments, FILIP's optimiser (A.3): Adam's direction u of each tensor, as long as the tensor itself.
+
+        m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   u = m / (sqrt(v) + eps) + decay w,   w <- w - lr min(|w|, 10) / |u| u
+
+    Without bias correction, as in the implementation that FILIP cites: the first u is up to 3.2 in each entry, so warm up. adapt_1d=False
+    leaves gains, biases and scales their own length of step; else a scale moves by lr times its own size whatever its gradient.
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0, adapt_1d=True):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adapt_1d=adapt_1d))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                s = self.state[w]
+                if not s:
+                    s["m"], s["v"] = torch.zeros_like(w), torch.zeros_like(w)
+                s["m"].lerp_(w.grad, 1 - b1)
+                s["v"].mul_(b2).addcmul_(w.grad, w.grad, value=1 - b2)
+                u = s["m"] / (s["v"].sqrt() + group["eps"]) + group["weight_decay"] * w
+                norm_w, norm_u = w.norm().clamp(max=10), u.norm()
+                adapt = (norm_w > 0) & (norm_u > 0) & (group["adapt_1d"] or w.ndim > 1)        # a zero tensor must be able to leave zero
+                w -= group["lr"] * torch.where(adapt, norm_w / norm_u, 1.0) * u
+
+
 def make_optimizer(objective, args):
-    """AdamW; no decay on gains, biases, token and position embeddings and scales (FILIP A.2's list), nor on MGCA's unit prototypes."""
+    """AdamW or LAMB; no decay on gains, biases, token and position embeddings and scales (FILIP A.2's list), nor on MGCA's unit prototypes."""
     spared = lambda name, p: p.ndim < 2 or "embedding" in name or "prototypes" in name
     groups = [{"params": [p for n, p in objective.named_parameters() if spared(n, p) == s], "weight_decay": 0.0 if s else args.weight_decay}
               for s in (False, True)]
+    if args.optimizer == "lamb":
+        return LAMB(groups, lr=args.lr)
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
 
 
@@ -313,8 +349,10 @@ def report_terms(data, args):
     """Which of PyramidCLIP's terms the data can't feed; at least one has to be left."""
     has = data.views(0, data.pair(0)[0])
     lost = [m for m in args.terms if (m[0] == "R" and "regions" not in has) or (m[1] == "A" and "objects" not in has)]
-    if len(lost) == len(args.terms):
-        raise UserError(f"--terms {' '.join(args.terms)}: {args.data} has nothing to feed them; add the column objects, --regions FILE.npz, or the term LT")
+    weight = {"GA": args.lam, "RS": args.lam, "LA": args.mu, "RT": args.mu, "GT": 1, "LS": 1}
+    if not any(weight.get(m, 1 - args.lam - args.mu) > 0 for m in args.terms if m not in lost):
+        raise UserError(f"--terms {' '.join(args.terms)}: {args.data} has nothing to feed them, or their weight is 0; add the column objects, "
+                        f"--regions FILE.npz, or the term LT")
     if lost:
         missing = [what for key, what in (("regions", "regions (--regions FILE.npz)"), ("objects", "the column objects")) if key not in has]
         print(f"note: without {' and '.join(missing)} the terms {' '.join(lost)} fall away")

@@ -108,8 +108,10 @@ def test_pyramid_says_what_the_data_cannot_feed(go, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "without regions (--regions FILE.npz) and the column objects the terms GA RS LA RT fall away" in said and "first clause" in said
     assert "cross_global" not in read(tmp_path / "run")[0][0] and "peer" in read(tmp_path / "run")[0][0]
-    with pytest.raises(UserError, match="nothing to feed them; add the column objects"):
+    with pytest.raises(UserError, match="nothing to feed them.*add the column objects"):
         go("--data", path, *pyramid, "--terms", "GA", "RS", "--overwrite")
+    with pytest.raises(UserError, match="weight is 0"):
+        go("--data", path, *pyramid, "--lam", 0.5, "--mu", 0.5, "--overwrite")
 
 
 def test_a_batch_must_share_out_among_the_processes():
@@ -260,7 +262,7 @@ def test_every_objective_trains_resumes_and_is_evaluated(go, tmp_path, loss):
 
 
 def test_schedule_and_decay():
-    args = type("A", (), dict(lr=2.0, warmup=4, steps=12, weight_decay=0.1, beta2=0.98))
+    args = type("A", (), dict(lr=2.0, warmup=4, steps=12, weight_decay=0.1, beta2=0.98, optimizer="adamw"))
     assert [round(train.learning_rate(s, args), 6) for s in (0, 1, 3, 4, 8)] == [0.5, 1.0, 2.0, 2.0, 1.0] and train.learning_rate(11, args) < 0.1
     model = train.models.build("tiny")
     head = train.make_head("mgca", 8)
@@ -271,6 +273,37 @@ def test_schedule_and_decay():
     assert {"logit_scale", "token_embedding.weight", "positional_embedding", "visual.positional_embedding", "ln_final.weight"} <= names
     assert {id(model.visual.proj), id(model.text_projection), id(model.visual.conv1.weight)} <= {id(p) for p in decayed}
     assert len(decayed) + len(spared) == len(list(model.parameters()))
+
+
+def slow_lamb(w, grads, lr, b1, b2, eps, decay, adapt):
+    """The formula in LAMB's docstring, number by number."""
+    m, v = [0.0] * len(w), [0.0] * len(w)
+    for g in grads:
+        m = [b1 * a + (1 - b1) * x for a, x in zip(m, g)]
+        v = [b2 * a + (1 - b2) * x * x for a, x in zip(v, g)]
+        u = [a / (math.sqrt(b) + eps) + decay * x for a, b, x in zip(m, v, w)]
+        size = min(10, math.sqrt(sum(x * x for x in w)))
+        ratio = size / math.sqrt(sum(x * x for x in u)) if adapt and size and any(u) else 1
+        w = [x - lr * ratio * y for x, y in zip(w, u)]
+    return w
+
+
+@pytest.mark.parametrize("start", [[0.5, -1.0, 2.0, 0.1], [0.0] * 4, [30.0, -40.0, 5.0, 1.0]], ids=["usual", "zero tensor", "norm above 10"])
+@pytest.mark.parametrize("shape, adapt_1d", [((2, 2), False), ((4,), True), ((4,), False)])
+def test_lamb(start, shape, adapt_1d):
+    w = torch.tensor(start, dtype=torch.float64).view(shape).requires_grad_()
+    grads = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
+    optimizer = train.LAMB([w], lr=0.1, weight_decay=0.03, adapt_1d=adapt_1d)
+    for g in grads:
+        w.grad = torch.tensor(g, dtype=torch.float64).view(shape)
+        optimizer.step()
+    expected = slow_lamb(start, grads, 0.1, 0.9, 0.999, 1e-4, 0.03, adapt_1d or len(shape) > 1)
+    torch.testing.assert_close(w.detach().flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_lamb_trains_and_resumes(go, tmp_path):
+    assert go("--loss", "filip", "--optimizer", "lamb", "--steps", 4) and go("--loss", "filip", "--optimizer", "lamb", "--steps", 4, "--overwrite")
+    assert read(tmp_path / "run")[1]["args"]["lr"] == pytest.approx(6e-3 / 8)                  # FILIP's, scaled from a batch of 512 to 8
 
 
 def test_the_command_trains_evaluates_and_draws(tmp_path):
