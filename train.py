@@ -2,6 +2,7 @@
 
     torchrun train.py --loss sparc                                    # scenes, no download, minutes on two CPU cores
     torchrun --nproc-per-node 8 train.py --loss filip --model ViT-B/32 --data photos/train.csv --batch-size 4096
+    python train.py --loss filip --benchmark                          # where a step's time goes, for any model and objective
 
 Covers: SPARC 4.1 and D.4 (AdamW, warm-up, cosine, weights of the losses), FILIP 3.1.1 and A.3 (half-precision gather, token selection, LAMB),
 PyramidCLIP 3.2 and A.2 (crops, blocks with LeFF), and the switches for the papers' ablations.
@@ -15,7 +16,7 @@ gains, biases, embeddings and the scale (FILIP's list; SPARC gives none). The sc
 be unstable: what steadies it is that list, a larger --weight-decay, the clamp, --clip-grad, and the company of CLIP's loss (clip+filip).
 BatchNorm (RN50, LeFF) sees the pictures of one process, or of all GPUs. PyramidCLIP's crops are off on scenes, whose captions tell places.
 """
-import argparse, csv, json, math, os, pathlib, random, signal, sys, tempfile, time
+import argparse, csv, json, math, os, pathlib, random, shutil, signal, sys, tempfile, time
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -101,7 +102,10 @@ def options():
     g.add_argument("--log-every", type=int, default=20, help="steps between rows of log.csv")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     g.add_argument("--eval-every", type=int, default=500, help="steps between validations; 0 for none")
+    g.add_argument("--benchmark", action="store_true", help="take 25 steps, print where the time of the last 20 went, and leave nothing behind")
     args = ap.parse_args()
+    if args.benchmark:
+        args.steps, args.eval_every, args.log_every, args.out = 25, 0, 1000, tempfile.mkdtemp()
     for name, losses in ONLY.items():
         if getattr(args, name) != ap.get_default(name) and args.loss not in losses:
             raise UserError(f"--{name.replace('_', '-')} means nothing to --loss {args.loss}: leave it out, or take --loss {' or '.join(losses)}")
@@ -153,11 +157,35 @@ class Objective(nn.Module):
 
     def __init__(self, model, args):
         super().__init__()
-        self.model, self.args, self.head = model, args, make_head(args.loss, model.config["embed_dim"])
+        self.model, self.args, self.head, self.clock = model, args, make_head(args.loss, model.config["embed_dim"]), Clock(args.benchmark)
 
     def forward(self, batch):
         f = self.model(**{k: normalize(x) if k.startswith("images") else x for k, x in batch.items()})
-        return OBJECTIVES[self.args.loss](f, self.args, self.head), {k: x.detach() for k, x in f.items()}
+        self.clock.lap("forward")
+        parts = OBJECTIVES[self.args.loss](f, self.args, self.head)
+        self.clock.lap("loss")
+        return parts, {k: x.detach() for k, x in f.items()}
+
+
+class Clock:
+    """For --benchmark: lap(name) puts the time since the lap before down to name. Otherwise it does nothing."""
+
+    def __init__(self, on):
+        self.on, self.spent, self.last = on, {}, time.perf_counter()
+
+    def lap(self, name):
+        if self.on:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.spent[name], self.last = self.spent.get(name, 0.0) + now - self.last, now
+
+    def report(self, steps, batch_size):
+        total = sum(self.spent.values())
+        for name, s in self.spent.items():
+            print(f"{name:10} {1000 * s / steps:8.1f} ms {100 * s / total:4.0f}%")
+        peak = peak_memory()
+        print(f"{'step':10} {1000 * total / steps:8.1f} ms      {steps * batch_size / total:,.0f} images/s" + (f", at most {peak:,.0f} MB" if peak else ""))
 
 
 # -------------------------------------------------------------------------------------------------------------------- the machine
@@ -450,11 +478,15 @@ def train(args):
         if "error" in batch:
             raise BadData(batch["error"])
         batch = {k: x.to(device, non_blocking=True) for k, x in batch.items()}
+        if step == 5:
+            objective.clock.spent.clear()                          # the first steps are slower
+        objective.clock.lap("data")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         with autocast():
             parts, f = step_module(batch)
         scaler.scale(parts["loss"]).backward()
+        objective.clock.lap("backward")
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip_grad or float("inf"))
 
@@ -475,6 +507,7 @@ def train(args):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         models.clamp_scales(objective)
+        objective.clock.lap("optimiser")
 
         done = step + 1
         bar.update()
@@ -506,6 +539,11 @@ def train(args):
                 print(f"stopped after step {done}; --resume goes on from there")
             return False
     bar.close()
+    if args.benchmark:
+        if main:
+            objective.clock.report(20, args.batch_size)
+        shutil.rmtree(args.out, ignore_errors=True)
+        return False
     return main
 
 

@@ -306,6 +306,14 @@ def test_lamb_trains_and_resumes(go, tmp_path):
     assert read(tmp_path / "run")[1]["args"]["lr"] == pytest.approx(6e-3 / 8)                  # FILIP's, scaled from a batch of 512 to 8
 
 
+def test_benchmark_reports_and_leaves_nothing(go, tmp_path, capsys):
+    assert go("--loss", "mgca", "--benchmark") is False and not (tmp_path / "run").exists()
+    said = capsys.readouterr().out.splitlines()[-6:]
+    assert [line.split()[0] for line in said] == ["data", "forward", "loss", "backward", "optimiser", "step"] and "images/s" in said[-1]
+    times = [float(line.split()[1]) for line in said]
+    assert min(times) > 0 and abs(sum(times[:-1]) - times[-1]) < 0.5
+
+
 def test_the_command_trains_evaluates_and_draws(tmp_path):
     r = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *SMALL, "--out", "here"], capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
