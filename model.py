@@ -27,6 +27,7 @@ import zipfile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from data import UserError
 
 # image_size, patch, vision width / layers / heads, embed_dim, vocabulary, context, text width / layers / heads, pooling
@@ -137,7 +138,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """leff: so many blocks, from the first, have LeFF over a grid of grid x grid patches."""
+    """leff: so many blocks, from the first, have LeFF over a grid of grid x grid patches. checkpointing: keep each block's input alone and
+    compute the rest again in backward, for a third more time (LeFF's running statistics then move twice a step)."""
+
+    checkpointing = False
 
     def __init__(self, width, layers, heads, act, leff=0, grid=None):
         super().__init__()
@@ -145,7 +149,7 @@ class Transformer(nn.Module):
 
     def forward(self, x, bias=None, packed=None, first=0):
         for block in self.resblocks[first:]:
-            x = block(x, bias, packed)
+            x = checkpoint(block, x, bias, packed, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(x, bias, packed)
         return x
 
 

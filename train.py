@@ -89,6 +89,7 @@ def options():
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up from 0; raise it if the loss sticks at ln(batch)")
     g.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's, on weight matrices only")
     g.add_argument("--beta2", type=float, default=0.98, help="AdamW's")
+    g.add_argument("--checkpointing", action="store_true", help="transformers keep each block's input alone and compute the rest again: a third slower, far leaner")
     g.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0 for no clipping")
     g.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="autocast; auto: bf16 where it is faster, fp16 on older GPUs")
     g.add_argument("--seed", type=int, default=0, help="of the initial weights, the data and its order")
@@ -145,7 +146,7 @@ def options():
 
 
 # Options that may change when a run is resumed: they do not change its numbers.
-FREE = {"out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every", "amp"}
+FREE = {"out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every", "amp", "checkpointing"}
 
 
 class BadData(UserError):
@@ -434,6 +435,9 @@ def train(args):
     data, tok, val = make_data(args, ckpt and ckpt["merges"])
     torch.manual_seed(args.seed)
     model = make_model(args, tok).to(device)
+    for module in model.modules():
+        if isinstance(module, models.Transformer):
+            module.checkpointing = args.checkpointing
     batches = Batches(data, tok, args.batch_size, model.config["image_size"], model.context_length, args.seed, args.crop, rank, world,
                       args.loss == "pyramid", args.local_crop)
     objective = Objective(model, args).to(device)

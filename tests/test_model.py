@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from data import UserError
-from model import CLIP, CONFIGS, Attention, LayerNorm, LeFF, QuickGELU, _TensorsOnly, build, clamp_scales, count, load_openai
+from model import CLIP, CONFIGS, Attention, LayerNorm, LeFF, QuickGELU, Transformer, _TensorsOnly, build, clamp_scales, count, load_openai
 
 SMALL = dict(image_size=32, patch_size=8, vision_width=32, vision_layers=2, vision_heads=4, embed_dim=24,
              vocab_size=50, context_length=12, text_width=48, text_layers=2, text_heads=6)
@@ -466,3 +466,16 @@ def test_a_files_code_is_never_run(protocol, tmp_path):
         ran.unlink()
     for module, name in (("os", "system"), ("builtins", "eval"), ("builtins", "getattr"), ("torch", "load"), ("torch._utils", "_rebuild_tensor")):
         assert _TensorsOnly.__new__(_TensorsOnly).find_class(module, name).__bases__ == (_TensorsOnly.Bag,)      # attributes, no function
+
+
+def test_checkpointing_changes_no_gradient():
+    grads = []
+    for on in (False, True):
+        m = small("mean").requires_grad_()
+        for module in m.modules():
+            if isinstance(module, Transformer):
+                module.checkpointing = on
+        f = m(pictures()[:2], *captions())
+        (f["V"].sin().sum() + f["T"].sin().sum() + f["v"].sum() + f["t"].sum()).backward()
+        grads.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and all(grads[0][n].equal(grads[1][n]) for n in grads[0])
