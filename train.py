@@ -89,6 +89,7 @@ def options():
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up from 0; raise it if the loss sticks at ln(batch)")
     g.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's, on weight matrices only")
     g.add_argument("--beta2", type=float, default=0.98, help="AdamW's")
+    g.add_argument("--accum-steps", type=int, default=1, help="compute each batch in so many parts, with the exact gradient of the whole; for batches that do not fit")
     g.add_argument("--checkpointing", action="store_true", help="transformers keep each block's input alone and compute the rest again: a third slower, far leaner")
     g.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0 for no clipping")
     g.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"), help="autocast; auto: bf16 where it is faster, fp16 on older GPUs")
@@ -130,7 +131,7 @@ def options():
     beside = os.path.join(os.path.dirname(args.data), "val.csv")
     if kind == "files" and args.val is None and os.path.isfile(beside):
         args.val = beside
-    for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("log_every", 1), ("save_every", 1), ("eval_every", 0), ("workers", 0)):
+    for name, low in (("steps", 1), ("batch_size", 1), ("accum_steps", 1), ("warmup", 0), ("log_every", 1), ("save_every", 1), ("eval_every", 0), ("workers", 0)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
     if args.sigma != "1/P" and not 0 <= args.sigma <= 1:
@@ -160,12 +161,49 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.args, self.head, self.clock = model, args, make_head(args.loss, model.config["embed_dim"]), Clock(args.benchmark)
 
+    def features(self, batch):
+        return self.model(**{k: normalize(x) if k.startswith("images") else x for k, x in batch.items()})
+
+    def loss(self, f):
+        return OBJECTIVES[self.args.loss](f, self.args, self.head)
+
     def forward(self, batch):
-        f = self.model(**{k: normalize(x) if k.startswith("images") else x for k, x in batch.items()})
+        f = self.features(batch)
         self.clock.lap("forward")
-        parts = OBJECTIVES[self.args.loss](f, self.args, self.head)
+        parts = self.loss(f)
         self.clock.lap("loss")
         return parts, {k: x.detach() for k, x in f.items()}
+
+
+def in_parts(objective, batch, parts, autocast, scaler):
+    """Loss and gradient of a batch of which only 1 / parts fits in memory, as exact as in one go -> what objective(batch) returns.
+
+    A contrastive loss compares all with all, so the mean of the parts' losses would be that of a smaller batch. Instead: the features of
+    all parts without a gradient; the loss of all features, and its gradient with respect to them; each part again, with that gradient.
+    BatchNorm (RN50, LeFF) differs from one go: it sees one part at a time, and its running statistics move twice.
+    """
+    chunks = [dict(zip(batch, xs)) for xs in zip(*(x.chunk(parts) for x in batch.values()))]
+    with torch.no_grad(), autocast():
+        features = [objective.features(chunk) for chunk in chunks]
+    names = [k for k in features[0] if k not in ("M", "scale")]
+    f = {k: torch.cat([x[k] for x in features]).requires_grad_() for k in names}
+    f |= {"M": batch["mask"], "scale": objective.model.logit_scale.exp()}
+    objective.clock.lap("forward")
+    with autocast():
+        losses = objective.loss(f)
+    scaler.scale(losses["loss"]).backward()
+    objective.clock.lap("loss")
+    names = [k for k in names if f[k].grad is not None]
+    for chunk, *grads in zip(chunks, *(f[k].grad.chunk(parts) for k in names)):
+        with autocast():
+            again = objective.features(chunk)
+        torch.autograd.backward([again[k] for k in names], grads)
+    if dist.is_initialized():                                      # what DistributedDataParallel does otherwise
+        for p in objective.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+    return losses, {k: x.detach() for k, x in f.items()}
 
 
 class Clock:
@@ -452,7 +490,9 @@ def train(args):
     if world > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     step_module = objective
-    if world > 1:                                                  # static_graph: an objective may leave some parameters unused
+    if args.batch_size // world % args.accum_steps:
+        raise UserError(f"--accum-steps {args.accum_steps} does not divide the {args.batch_size // world} pairs of each process: choose a divisor")
+    if world > 1 and args.accum_steps == 1:                        # static_graph: an objective may leave some parameters unused
         step_module = DistributedDataParallel(step_module, device_ids=[device.index] if device.type == "cuda" else None, static_graph=True)
     autocast = lambda: torch.autocast(device.type, DTYPES.get(args.amp, torch.bfloat16), enabled=args.amp != "off")
     loader = iter(torch.utils.data.DataLoader(batches, sampler=range(start, args.steps), batch_size=None, num_workers=args.workers, worker_init_fn=ignore_ctrl_c,
@@ -487,9 +527,12 @@ def train(args):
         objective.clock.lap("data")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        with autocast():
-            parts, f = step_module(batch)
-        scaler.scale(parts["loss"]).backward()
+        if args.accum_steps > 1:
+            parts, f = in_parts(objective, batch, args.accum_steps, autocast, scaler)
+        else:
+            with autocast():
+                parts, f = step_module(batch)
+            scaler.scale(parts["loss"]).backward()
         objective.clock.lap("backward")
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(objective.parameters(), args.clip_grad or float("inf"))

@@ -66,7 +66,7 @@ GOOD = [f"{k}.png,a picture of thing {k}" for k in range(4)]
     (["--batch-size", "2000000"], "larger than the data"),
     (["--steps", "0"], "--steps must be at least 1"),
     (["--sigma", "3"], "--sigma"),
-    (["--keep", "0"], "--keep"),
+    (["--keep", "0"], "--keep"), (["--accum-steps", "3"], "--accum-steps 3 does not divide the 8 pairs"),
     (["--data", "nowhere.csv"], "no such file"),
     (["--vocab", "learn:"], "learn:8000"),
     (["--vocab", "none.txt.gz"], "merges file"),
@@ -227,10 +227,10 @@ def test_killed_runs_end_with_the_same_numbers(tmp_path):
     assert rows == again and all(torch.equal(whole["model"][k], killed["model"][k]) for k in whole["model"])
 
 
-@pytest.mark.parametrize("loss", [k for k in train.OBJECTIVES if k not in ("pyramid", "clip+filip")])
+@pytest.mark.parametrize("loss", [*(k for k in train.OBJECTIVES if k not in ("pyramid", "clip+filip")), "sparc --accum-steps 2"])
 def test_two_processes_equal_one(go, tmp_path, loss):
     """Loss and the gradient of every parameter after one step; AdamW's first moment is a tenth of the gradient."""
-    options = [*SMALL, "--loss", loss, "--steps", "1", "--clip-grad", "0"]
+    options = [*SMALL, "--loss", *loss.split(), "--steps", "1", "--clip-grad", "0"]
     go(*options[len(SMALL):])
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
                     script(tmp_path), *options, "--out", str(tmp_path / "two")], check=True, capture_output=True)
@@ -259,6 +259,19 @@ def test_every_objective_trains_resumes_and_is_evaluated(go, tmp_path, loss):
     assert again == rows and all(whole[part][k].equal(resumed[part][k]) for part in ("model", "head") for k in whole[part])
     metrics = train.evaluation.evaluate(str(tmp_path / "run"), n=20, progress=False)
     assert 0 <= metrics["retrieval"]["t2i_r10"] <= 100 and ("local_gap" in metrics["alignment"]) == (loss == "mgca")
+
+
+@pytest.mark.parametrize("loss", list(train.OBJECTIVES))
+def test_parts_equal_the_whole(go, tmp_path, loss):
+    """Every gradient of one batch of 16 in one go and in 4 parts; AdamW's first moment is a tenth of the gradient."""
+    moments, losses = [], []
+    for parts in (1, 4):
+        go("--loss", loss, "--steps", 1, "--batch-size", 16, "--accum-steps", parts, "--clip-grad", 0, "--overwrite", *["--no-leff"] * (loss == "pyramid"))
+        rows, ckpt = read(tmp_path / "run")
+        moments.append({k: x["exp_avg"] for k, x in ckpt["optimizer"]["state"].items()})
+        losses.append(float(rows[0]["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and moments[0].keys() == moments[1].keys()
+    assert all((x - moments[1][k]).norm() <= 1e-5 * x.norm() + 1e-9 for k, x in moments[0].items())
 
 
 def test_schedule_and_decay():
