@@ -227,7 +227,7 @@ def test_killed_runs_end_with_the_same_numbers(tmp_path):
     assert rows == again and all(torch.equal(whole["model"][k], killed["model"][k]) for k in whole["model"])
 
 
-@pytest.mark.parametrize("loss", [*(k for k in train.OBJECTIVES if k not in ("pyramid", "clip+filip")), "sparc --accum-steps 2"])
+@pytest.mark.parametrize("loss", ["filip", "mgca", "sparc", "sparc --accum-steps 2"])        # the others' gathers: test_losses.py
 def test_two_processes_equal_one(go, tmp_path, loss):
     """Loss and the gradient of every parameter after one step; AdamW's first moment is a tenth of the gradient."""
     options = [*SMALL, "--loss", *loss.split(), "--steps", "1", "--clip-grad", "0"]
