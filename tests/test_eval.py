@@ -265,3 +265,8 @@ def test_cost_is_that_of_table_12():
     assert evaluation.cost_table().count("\n") == 7
     added = evaluation.flops("sparc", 16384) / evaluation.flops("clip", 16384) - 1
     assert 0.004 < added < 0.006                                    # the paper's 0.55%
+
+
+def test_cost_counts_the_operations_that_are_run():
+    rows = {line.split()[0]: float(line.split()[-1]) for line in evaluation.cost_check(B=4).splitlines()}
+    assert abs(rows["towers"] - 1) < 0.002 and abs(rows["filip"] - 1) < 0.002 and 0.88 < rows["sparc"] < 0.9
