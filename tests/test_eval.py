@@ -208,7 +208,7 @@ def test_five_captions_a_picture(tmp_path, monkeypatch):
     m = evaluation.evaluate(make_run(tmp_path / "run", loss="filip", data="t.csv", val=str(tmp_path / "five.csv")), progress=False)
     (s_i2t, s_t2i, owner), = seen
     assert s_i2t.shape == s_t2i.shape == (3, 15) and owner.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and not s_i2t.equal(s_t2i)
-    assert set(m) == {"retrieval", "about"} and m["retrieval"]["t2i_r5"] == 100 and m["about"]["data"].endswith("five.csv")
+    assert set(m) == {"retrieval", "cost", "about"} and m["retrieval"]["t2i_r5"] == 100 and m["about"]["data"].endswith("five.csv")
 
 
 def test_table():
