@@ -441,7 +441,7 @@ def make_model(args, tok):
     special = {"embedder": True} if args.loss == "pacl" else {}
     if args.loss == "pyramid":                                     # LeFF in a ResNet is refused by build
         front = layers - max(1, layers // 4) if isinstance(layers, int) else None
-        special = {"regions": 2052, "leff": (front or 1) if args.leff else 0, "front": front}
+        special = {"regions": 2052, "leff": (1 if front is None else front) if args.leff else 0, "front": front}
     return models.build(args.model, vocab_size=tok.vocab_size, context_length=args.context_length, image_size=args.image_size,
                         patch_size=args.patch_size, vision_layers=args.layers, text_layers=args.layers, vision_width=args.width,
                         text_width=args.width, vision_heads=heads, text_heads=heads, pool=args.pool, patches_through_h=args.patches_through_h, **special)
