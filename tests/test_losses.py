@@ -25,6 +25,7 @@ from torch.func import functional_call
 import losses
 
 HALVES = [(range(0, 2), 5), (range(2, 4), 8)]        # which pairs each of two processes holds, and how long its captions are padded
+QUARTERS = [(range(0, 1), 3), (range(1, 2), 5), (range(2, 3), 8), (range(3, 4), 6)]            # the same of four
 
 
 # -------------------------------------------------------------------------------------------------------------- the papers, slowly
@@ -587,13 +588,39 @@ HALF = {name: fn(gather_dtype=torch.float16)[0] for name, fn in (("filip", filip
 GATHERS = [(None, 1.), (torch.float16, 1.), (torch.float16, 1e-9)]                             # dtype of the transport, size of the gradient
 
 
-def process(rank, folder):
-    """All that needs two processes, in one start-up: they cost seconds. The tests below compare the results."""
+def start(rank, folder, split):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=30))
-    f, gather = subset(pairs(), *HALVES[rank]), losses.gather                                  # captions padded to 5 here, to 8 there
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(split), timeout=datetime.timedelta(seconds=30))
+    return subset(pairs(), *split[rank])
+
+
+def finish(rank, folder, out):
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def bytes_sent(loss_fn, f):
+    """What this process hands to all_gather on the way forward, and gets back from reduce_scatter."""
+    size, sent, all_gather, reduce_scatter = lambda x: x.numel() * x.element_size(), [0, 0], losses._all_gather, losses._reduce_scatter
+    def forward(out, x):
+        sent[0] += size(x)
+        all_gather(out, x)
+    def backward(out, x):
+        sent[1] += size(out)
+        reduce_scatter(out, x)
+    losses._all_gather, losses._reduce_scatter = forward, backward
+    run(loss_fn, f)
+    losses._all_gather, losses._reduce_scatter = all_gather, reduce_scatter
+    return sent
+
+
+def two_processes(rank, folder):
+    """All that needs two processes, in one start-up: they cost seconds. The tests below compare the results."""
+    f, gather = start(rank, folder, HALVES), losses.gather                                     # captions padded to 5 here, to 8 there
     out = {name: run(FAST[name], f) for name in SPREAD}
     out |= {("fp16", name): run(fn, f) for name, fn in HALF.items()}
+    single = {k: x.float() if x.is_floating_point() else x for k, x in f.items()}
+    out["bytes"] = bytes_sent(filip(keep=0.5, gather_dtype=torch.float16)[0], single)
     for dtype, size in GATHERS:
         x = f["v"].clone().requires_grad_()
         y = gather(x, dtype)
@@ -603,23 +630,35 @@ def process(rank, folder):
     out |= {("no gradient", name): run(FAST[name], f) for name in SPREAD}
     losses.gather, losses.labels = gather, lambda rows: torch.arange(len(rows))                # ... and labels that forget the rank
     out |= {("labels", name): run(FAST[name], f) for name in SPREAD}
-    torch.save(out, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    finish(rank, folder, out)
+
+
+def four_processes(rank, folder):
+    f = start(rank, folder, QUARTERS)
+    finish(rank, folder, {name: run(FAST[name], f) for name in SPREAD})
+
+
+def results(process, n, folder):
+    torch.multiprocessing.spawn(process, (str(folder),), nprocs=n)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(n)]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(process, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return results(two_processes, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    return results(four_processes, 4, tmp_path_factory.mktemp("four"))
 
 
 def as_ddp(ranks, key):
-    """The whole batch's result from the two ranks': the mean of their losses and of their parameters' gradients. A feature's gradient
-    is on the rank that owns it, where gather's backward has added what the other rank's loss asks for; the mean halves it too."""
-    (loss0, g0), (loss1, g1) = (r[key] for r in ranks)
-    g0 = g0 | {"T": F.pad(g0["T"], (0, 0, 0, 3))}
-    return (loss0 + loss1) / 2, {k: (g0[k] + g1[k] if shared(k) else torch.cat([g0[k], g1[k]])) / 2 for k in g0}
+    """The whole batch's result from the ranks': the mean of their losses and of their parameters' gradients. A feature's gradient
+    is on the rank that owns it, where gather's backward has added what the other ranks' losses ask for; the mean divides it too."""
+    losses, grads = zip(*(r[key] for r in ranks))
+    W, padded = len(ranks), lambda k, x: F.pad(x, (0, 0, 0, 8 - x.shape[1])) if k == "T" else x
+    return sum(losses) / W, {k: (sum(g[k] for g in grads) if shared(k) else torch.cat([padded(k, g[k]) for g in grads])) / W for k in grads[0]}
 
 
 @pytest.mark.parametrize("name", SPREAD)
@@ -636,6 +675,18 @@ def test_two_processes_equal_one(ranks, name):
     assert abs(detached[0] - one[0]) < 1e-9 and not same(detached, one, 1, 1e-3) and abs(mislabelled[0] - one[0]) > 1e-3
     # trap: plain accumulation of two half batches is not the whole batch, for each half meets only its own negatives
     assert abs(sum(FAST[name](subset(pairs(), *half)) for half in HALVES) / 2 - one[0]) > 1e-2
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_four_processes_equal_one(four_ranks, name):
+    one = run(lambda f: slow_filip(*FILIP(f), keep=0.5, workers=QUARTERS), pairs()) if "keep" in name else run(FAST[name], pairs())
+    assert same(as_ddp(four_ranks, name), one, 1e-9, 1e-9)
+
+
+def test_bytes_on_the_wire(ranks):
+    """FILIP 3.1.1: of each pair half the patches (2 of 4) and half the positions (4 of 8, after padding) of 5 numbers, 2 bytes each, and the
+    mask; their gradients come back as 4 bytes each."""
+    assert [r["bytes"] for r in ranks] == [[2 * ((2 + 4) * 5 * 2 + 4), 2 * (2 + 4) * 5 * 4]] * 2
 
 
 @pytest.mark.parametrize("dtype, size", GATHERS)
