@@ -2,7 +2,7 @@
 
     python eval.py runs/sparc                          # on 1,000 test scenes: prints a table, writes runs/sparc/metrics.json
     python eval.py runs/sparc runs/clip --data photos/test.csv        # on real pictures, several runs side by side
-    python eval.py cost                                # what a step costs at full size, beside SPARC's Table 12
+    python eval.py cost                                # what a step costs at full size, beside SPARC's Table 12 and FILIP's Table 5
 
 Covers: FILIP 3.1.2 and 4.5 (late interaction at inference, mean similarity over prompts), SPARC 4.2, 4.3, 4.5, D.5, D.6 and D.7.
 
@@ -259,6 +259,16 @@ TABLE_12 = {"clip": (1.15, 2.29, 4.57, 9.14), "pacl": (1.2, 2.46, 5.24, 12.8), "
             "filip": (1.37, 3.17, 8.09, 27.25), "sparc": (1.15, 2.3, 4.6, 9.19)}               # SPARC's, TFLOP of an update on one of 256 devices
 
 
+TABLE_12_MB = {"clip": (4394, 4452, 5889, 8578), "pacl": (4682, 6267, 9786, 14785), "gloria": (8013, 13840), "filip": (4394, 5230, 8657, 15463)}   # its peaks
+TABLE_5 = {(512, 4, 1.0): (2.85, 26000), (512, 2, 1.0): (2.67, 23468), (256, 2, 1.0): (2.31, 22382), (256, 2, 0.5): (1.61, 16336),
+           (256, 2, 0.25): (1.39, 16100), "clip": (1.31, 14300)}   # FILIP's: D, bytes a number, share of tokens -> seconds a step, MB
+
+
+def late_flops(pairs, P, L, D, keep):
+    """Of FILIP's products, forward and backward, both directions: all tokens of one side, the selected of the other."""
+    return 6 * pairs * D * (P * int(keep * L) + int(keep * P) * L)
+
+
 def tower_flops(n, width, layers=12):
     """Multiplications and additions of a transformer's matmuls on n tokens, forward."""
     return layers * (24 * n * width ** 2 + 4 * n ** 2 * width)
@@ -274,20 +284,28 @@ def flops(loss, batch, devices=256, P=196, L=55, D=512, width=768, keep=0.2):
         return towers + 12 * q * D
     adapters = 6 * b * (P + L) * width * D                         # on every token, not on one vector a side
     embedder = b * (6 * P * (2 * width * D + D ** 2) + 6 * L * width * D)
-    kT, kI = int(keep * L), int(keep * P)
     local = {"pacl": 24 * q * P * D + 12 * q * D + embedder - adapters,
              "gloria": 24 * q * P * L * D,
              "mgca": b * 3 * (2 * (2 * P + 2 * L + P + L) * 128 * D + 8 * 128 * L * P + 4 * (L ** 2 + P ** 2) * D + 4 * 500 * D),
-             "filip": 6 * q * D * (P * kT + kI * L) + 4 * b ** 2 * P * L * D,                  # the second: choosing the tokens to send
+             "filip": late_flops(q, P, L, D, keep) + 4 * b ** 2 * P * L * D,                   # the second: choosing the tokens to send
              "sparc": b * 3 * (4 * P * L * D + 4 * L ** 2 * D)}
     return towers + 12 * q * D + adapters + local[loss]
+
+
+def extra_memory(loss, batch, devices=256, P=196, L=55, D=512, keep=0.2):
+    """Bytes that the step of flops() holds beyond CLIP's, all similarities at once in two bytes a number: what all processes' tokens take,
+    with a gradient buffer of that size for PACL and GLoRIA, and the tensors in which pairs are compared."""
+    q, kT, kI = batch ** 2 / devices, int(keep * L), int(keep * P)
+    return {"pacl": 4 * batch * P * D + 4 * q * (P + D), "gloria": 4 * batch * P * D + 4 * q * (2 * P * L + L * D),
+            "filip": 2 * batch * (kT + kI) * D + 2 * q * (P * kT + kI * L)}[loss]
 
 
 def cost_table():
     """SPARC's Table 12 beside the model, as text. CLIP's published row counts more than matmuls, so the other rows are it + what they add.
 
     "20% token dropping" fits only if 20% are kept, and on one side of each product. Three cells cost a quarter to two fifths more than the
-    model: those that would not fit in 16 GB, where the compiler computes values of the forward pass twice."""
+    model: those that would not fit in 16 GB, where the compiler computes values of the forward pass twice. The memory of B = 2,048 is hidden
+    below that of the optimiser's step; the model has nothing to say there."""
     batches = (2048, 4096, 8192, 16384)
     lines = [f"{'TFLOP a step and device':24}" + "".join(f"{f'B = {B:,}':>24}" for B in batches),
              f"{'':24}" + f"{'paper   model  ratio':>24}" * 4]
@@ -297,6 +315,30 @@ def cost_table():
             model = flops("clip", B) / 1e12 if loss == "clip" else clip + (flops(loss, B) - flops("clip", B)) / 1e12
             cells.append(f"{paper:11.2f} {model:7.2f} {model / paper:5.3f}")
         lines.append(f"{loss:24}" + "".join(f"{c:>24}" for c in cells))
+    lines += ["", "MB more than CLIP"]
+    for loss in ("pacl", "gloria", "filip"):
+        cells = []
+        for B, paper, clip in zip(batches, TABLE_12_MB[loss], TABLE_12_MB["clip"]):
+            model = extra_memory(loss, B) / 1e6
+            cells.append(f"{paper - clip:11,} {model:7,.0f} " + (f"{model / (paper - clip):5.2f}" if paper > clip else "    -"))
+        lines.append(f"{loss:24}" + "".join(f"{c:>24}" for c in cells))
+    return "\n".join(lines)
+
+
+def filip_table(b=512, devices=8, P=49, L=77):
+    """FILIP's Table 5, ViT-B/32 with b pairs on each of its devices, beside what should drive it, as text: what the loss adds to the
+    time of CLIP's step, and its arithmetic, both as a share of the first row's; what a GPU receives from the others' tokens and the memory
+    of all similarities at once. The paper's 12 GB over CLIP can't hold the first row's 31 GB a direction: it too must have worked in parts."""
+    (seconds0, mb0), rows = TABLE_5["clip"], {k: x for k, x in TABLE_5.items() if k != "clip"}
+    first = next(iter(rows))
+    added = lambda D, keep: late_flops(b * b * devices, P, L, D, keep)
+    lines = [f"{'D  bytes  tokens':24}{'time':>12}{'arithmetic':>12}{'TFLOP':>10}{'MB received':>13}{'MB of all at once':>19}{'MB over CLIP':>14}",
+             f"{'':24}{'paper':>12}{'model':>12}{'model':>10}{'model':>13}{'model':>19}{'paper':>14}"]
+    for (D, size, keep), (seconds, mb) in rows.items():
+        kI, kT = int(keep * P), int(keep * L)
+        lines.append(f"{f'{D:3} {size:4} {keep:9.0%}':24}{(seconds - seconds0) / (rows[first][0] - seconds0):12.2f}{added(D, keep) / added(first[0], first[2]):12.2f}"
+                     f"{added(D, keep) / 1e12:10.1f}{b * (devices - 1) * (kI + kT) * D * size / 2 ** 20:13,.0f}"
+                     f"{b * b * devices * (P * kT + kI * L) * size / 2 ** 20:19,.0f}{mb - mb0:14,}")
     return "\n".join(lines)
 
 
@@ -318,7 +360,7 @@ def cost_check(P=196, L=55, D=512, B=16, keep=0.2):
     filip = counted(lambda: (filip_similarity(V, random(B, kT), mask[:, :kT].expand(B, -1))[0], filip_similarity(random(B, kI), T, mask)[1]))
     sparc = counted(lambda: [sparc_loss(V[:, 0], T[:, 0], V, T, mask, 1.0)["local"]])
     modelled = {"towers": (towers, 3 * (tower_flops(P, 768) + 2 * P * 768 ** 2 + tower_flops(L, 768))),
-                "filip": (filip, 6 * B * D * (P * kT + kI * L)), "sparc": (sparc, 3 * (4 * P * L * D + 4 * L ** 2 * D))}
+                "filip": (filip, late_flops(B, P, L, D, keep)), "sparc": (sparc, 3 * (4 * P * L * D + 4 * L ** 2 * D))}
     return "\n".join(f"{k:24}{n / 1e9:11.2f} {m / 1e9:7.2f} {n / m:5.3f}" for k, (n, m) in modelled.items())
 
 
@@ -335,13 +377,14 @@ def table(runs):
 
 def main():
     ap = argparse.ArgumentParser(description="Evaluate runs: prints a table (one column a run) and writes metrics.json in each run folder.")
-    ap.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, such as runs/sparc; or the word cost: SPARC's Table 12")
+    ap.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, such as runs/sparc; or the word cost: SPARC's Table 12, FILIP's Table 5")
     ap.add_argument("--data", help="scenes, or a CSV with the columns image,caption (default: what the run was trained for)")
     ap.add_argument("--n", type=int, default=1000, help="number of test scenes")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     args = ap.parse_args()
     if args.runs == ["cost"]:
         print(cost_table())
+        print(f"\n{filip_table()}")
         print(f"\n{'GFLOP':24}{'counted   model  ratio':>24}\n{cost_check()}")
         return
     if args.n < 10:

@@ -262,9 +262,19 @@ def test_cost_is_that_of_table_12():
         for B, paper, clip in zip((2048, 4096, 8192, 16384), published, evaluation.TABLE_12["clip"]):
             model = clip + (evaluation.flops(loss, B) - evaluation.flops("clip", B)) / 1e12
             assert 1.05 < paper / model < 1.25 if (loss, B) in twice else abs(model - paper) < 0.007 * paper + 0.005, (loss, B)   # two decimals are printed
-    assert evaluation.cost_table().count("\n") == 7
+    for loss, B, at in (("filip", 4096, 1), ("filip", 8192, 2), ("pacl", 4096, 1), ("pacl", 8192, 2)):                        # those that fit, without recomputation
+        assert evaluation.extra_memory(loss, B) / 1e6 == pytest.approx(evaluation.TABLE_12_MB[loss][at] - evaluation.TABLE_12_MB["clip"][at], rel=0.04)
+    assert evaluation.cost_table().count("\n") == 12
     added = evaluation.flops("sparc", 16384) / evaluation.flops("clip", 16384) - 1
     assert 0.004 < added < 0.006                                    # the paper's 0.55%
+
+
+def test_cost_of_filip_table_5():
+    """Fewer dimensions and fewer tokens cost less, as the paper measured, and the model orders the rows as their times do."""
+    rows = [line.split() for line in evaluation.filip_table().splitlines()[2:]]
+    paper, model, received = [float(r[3]) for r in rows], [float(r[4]) for r in rows], [float(r[6].replace(",", "")) for r in rows]
+    assert model[0] == 1 and model[2] == 0.5 and model == sorted(model, reverse=True) and paper == sorted(paper, reverse=True)
+    assert received[0] == 7 * 512 * (49 + 77) * 512 * 4 / 2 ** 20 and received[1] == received[0] / 2
 
 
 def test_cost_counts_the_operations_that_are_run():
