@@ -344,6 +344,19 @@ def test_filip_blocks():
     assert ours[0][3].isnan().all() and torch.autograd.grad(sum(ours).sum(), V)[0].shape == V.shape
 
 
+@pytest.mark.parametrize("similarity", [losses.gloria_similarity, lambda V, T, M: torch.stack(losses.late_interaction(V, T, M))])
+def test_by_length_equals_the_whole(monkeypatch, similarity):
+    """70 texts: two parts of 35, each cut to its longest; a mask need not be a prefix."""
+    V, T, M = interaction(20, 70, 33, 32)
+    M[:, 1] = M[:, 2]
+    f, sizes, apply = {"V": V, "T": T}, [], losses.by_length
+    monkeypatch.setattr(losses, "by_length", lambda fn, *x: apply(lambda *part: [sizes.append(part[1].shape[1]), fn(*part)][1], *x))
+    run_ = lambda: run(lambda f: (similarity(f["V"], f["T"], M) * torch.arange(20 * 70).view(20, 70).sin()).sum(), f)
+    parted = run_()
+    monkeypatch.setattr(losses, "by_length", lambda fn, *x: fn(*x))
+    assert same(parted, run_()) and len(sizes) == 2 and sizes[0] < sizes[1] == 32
+
+
 @pytest.mark.parametrize("n", [1, 3, 255, 256, 300])
 def test_first_max_is_torch_max(n):
     for s in (torch.randint(3, (4, n, 5)), torch.randn(4, n, 5).bfloat16(), torch.zeros(4, n, 5)):
