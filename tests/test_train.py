@@ -83,6 +83,12 @@ def test_bad_options_are_one_sentence(go, options, sentence, tmp_path):
     assert "\n" not in str(e.value) and not (tmp_path / "run" / "last.pt").exists()
 
 
+def test_compiling_without_a_compiler_is_one_sentence(go, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda fn: at_call(1, fn, lambda: 1 / 0))
+    with pytest.raises(UserError, match="--compile: PyTorch can't compile here .*leave it out"):
+        go("--compile")
+
+
 @pytest.mark.parametrize("rows, header, sentence", [
     (GOOD, "picture,text", "no column image and no column caption"),
     (GOOD[:2] + ["9.png,a picture that is not there"], "image,caption", r"t.csv line 4: there is no picture .*9.png"),
