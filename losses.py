@@ -40,9 +40,25 @@ def full_precision(loss):
     return run
 
 
+class _Unit(torch.autograd.Function):
+    """F.normalize(x, dim=-1, eps=1e-6) in less than half its time: PyTorch differentiates the quotient, this the result."""
+
+    @staticmethod
+    def forward(ctx, x):
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-6).reciprocal_()
+        y = x * inverse
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):                                          # dx = (g - y <y, g>) / |x|
+        y, inverse = ctx.saved_tensors
+        return torch.addcmul(g, y, torch.linalg.vecdot(y, g)[..., None], value=-1).mul_(inverse)
+
+
 def unit(x):
     """x / |x| along the last dimension; a zero vector stays zero."""
-    return F.normalize(x, dim=-1, eps=1e-6)
+    return _Unit.apply(x)
 
 
 def world():

@@ -344,6 +344,17 @@ def test_filip_blocks():
     assert ours[0][3].isnan().all() and torch.autograd.grad(sum(ours).sum(), V)[0].shape == V.shape
 
 
+def test_unit_is_normalize():
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    x[1, 2] = 0
+    g, (a, b) = torch.randn_like(x), (x.clone().requires_grad_() for _ in range(2))
+    y, z = losses.unit(a), torch.nn.functional.normalize(b, dim=-1, eps=1e-6)
+    y.backward(g)
+    z.backward(g)
+    assert (y[1, 2] == 0).all() and (y - z).abs().max() < 1e-15
+    assert (a.grad - b.grad).abs().max() < 1e-9                    # 1e6 g at the zero vector, in both
+
+
 @pytest.mark.parametrize("similarity", [losses.gloria_similarity, lambda V, T, M: torch.stack(losses.late_interaction(V, T, M))])
 def test_by_length_equals_the_whole(monkeypatch, similarity):
     """70 texts: two parts of 35, each cut to its longest; a mask need not be a prefix."""
