@@ -20,7 +20,7 @@ import losses
 import model as models
 from data import Batches, Scenes, Tokenizer, UserError, normalize
 from eval import counted
-from train import make_optimizer
+from train import make_optimizer, pick_precision
 
 FILIP = {"einsum fp32": (losses._late_interaction, torch.float32), "einsum bf16": (losses._late_interaction, torch.bfloat16),
          "blocks fp32": (losses.late_interaction, torch.float32), "blocks bf16": (losses.late_interaction, torch.bfloat16)}
@@ -38,7 +38,7 @@ def filip(queue, name, batch, P=49, L=32, D=256):
         s_image, s_text = similarity(V, T, M)
         (s_image.diagonal().sum() + s_text.logsumexp(0).sum()).backward()
         return time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    run(40)
+    run(8)
     queue.put(run(batch))
 
 
@@ -61,11 +61,13 @@ def alone(rank, queue, name, batch):
 
 
 def compare_step(args):
-    """One training step of CLIP's objective in bf16 autocast: the same pictures, captions, sizes and optimiser."""
+    """One training step of CLIP's objective: the same pictures, captions, sizes, optimiser and precision."""
     try:
         import open_clip
     except ImportError:
         raise UserError("open_clip is not installed: pip install open_clip_torch") from None
+    amp = pick_precision(args.amp, torch.device("cpu"))
+    dtype, autocast = losses.DTYPES.get(amp, torch.float32), lambda: torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16")
     tiny, batch_size = args.model == "tiny", args.batch or (128 if args.model == "tiny" else 32)
     data = Scenes(100_000, 0, models.CONFIGS[args.model]["image_size"])
     tok = Tokenizer.train(data.texts(), 1000)
@@ -91,26 +93,26 @@ def compare_step(args):
     decay = argparse.Namespace(optimizer="adamw", lr=1e-4, beta2=0.98, weight_decay=0.1)
     optimizers, times, flop = {n: make_optimizer(m, decay) for n, (m, _) in rivals.items()}, {n: [] for n in rivals}, {}
     for name, (m, loss) in rivals.items():
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             flop[name] = counted(lambda: [loss()])
     for k in range((args.rounds or 30) + 2):
         for name, (m, loss) in rivals.items():
             start = time.perf_counter()
             optimizers[name].zero_grad(set_to_none=True)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 x = loss()
             x.backward()
             torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
             optimizers[name].step()
             if k > 1:                                              # the first rounds are slower
                 times[name].append(time.perf_counter() - start)
-    x = torch.randn(2048, 2048).bfloat16()
+    x = torch.randn(2048, 2048, dtype=dtype)
     x @ x
     start = time.perf_counter()
     for _ in range(5):
         x @ x
     rate = 5 * 2 * 2048 ** 3 / (time.perf_counter() - start)
-    print(f"{args.model}, batch {batch_size}, bf16 autocast, {torch.get_num_threads()} threads; a 2048-cube bf16 matmul runs at {rate / 1e9:,.0f} GFLOP/s")
+    print(f"{args.model}, batch {batch_size}, --amp {amp}, {torch.get_num_threads()} threads; a 2048-cube matmul in {dtype} runs at {rate / 1e9:,.0f} GFLOP/s")
     for name, t in times.items():
         t = sorted(t)
         print(f"{name:10} {1000 * t[0]:8.1f} ms at best, {1000 * t[len(t) // 2]:8.1f} median, {batch_size / t[len(t) // 2]:7,.0f} images/s, "
@@ -124,6 +126,7 @@ def main():
     ap.add_argument("what", choices=("filip", "step"), help="filip: late interaction by blocks and plain; step: a training step and open_clip's")
     ap.add_argument("--batch", type=int, help="pairs (default: filip 512; step 128 for tiny, 32 for other models)")
     ap.add_argument("--model", default="tiny", choices=[n for n, c in models.CONFIGS.items() if isinstance(c["vision_layers"], int)], help="for step")
+    ap.add_argument("--amp", default="auto", choices=("auto", "off", "bf16"), help="for step; auto: bf16 where it is faster")
     ap.add_argument("--only", nargs="+", choices=list(FILIP), help="for filip: these variants alone")
     ap.add_argument("--rounds", type=int, help="how often each takes its turn (default: filip 2, step 30)")
     args = ap.parse_args()
