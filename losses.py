@@ -221,7 +221,7 @@ class _BlockedLateInteraction(torch.autograd.Function):
     belongs to that one entry, and multiplies by the sparse matrix of a block. Padded tokens are copies of position 0."""
 
     @staticmethod
-    def blocks(V, T, elements=1 << 23):
+    def blocks(V, T, elements=1 << 21):
         """Slices of pictures and of texts whose products (b,P,L,c) have about so many elements."""
         c = min(len(T), 256)
         b = max(1, elements // (c * V.shape[1] * T.shape[1]))

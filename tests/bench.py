@@ -2,7 +2,7 @@
 
     python tests/bench.py filip                     # late interaction by blocks against the plain einsum: seconds and memory
     python tests/bench.py filip --batch 2048 --only "blocks bf16"
-    pip install open_clip_torch && python tests/bench.py step       # a training step against open_clip's towers, loss and padding
+    pip install open_clip_torch && python tests/bench.py step       # a training step beside SPARC's, and beside open_clip's
     python tests/bench.py step --model ViT-B/32 --batch 32 --rounds 5
 
 Nothing else should compute while it runs. Rivals take turns, round by round, and the best round of each counts: a slow moment of the
@@ -61,23 +61,25 @@ def alone(rank, queue, name, batch):
 
 
 def compare_step(args):
-    """One training step of CLIP's objective: the same pictures, captions, sizes, optimiser and precision."""
+    """A training step of CLIP's objective, ours and open_clip's, with the same pictures, captions, sizes, optimiser and precision; and SPARC's,
+    whose local loss is then the difference."""
     try:
         import open_clip
     except ImportError:
-        raise UserError("open_clip is not installed: pip install open_clip_torch") from None
+        open_clip = None
+        print("open_clip is not installed (pip install open_clip_torch): our steps alone")
     amp = pick_precision(args.amp, torch.device("cpu"))
     dtype, autocast = losses.DTYPES.get(amp, torch.float32), lambda: torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16")
     tiny, batch_size = args.model == "tiny", args.batch or (128 if args.model == "tiny" else 32)
     data = Scenes(100_000, 0, models.CONFIGS[args.model]["image_size"])
     tok = Tokenizer.train(data.texts(), 1000)
-    ours = models.build(args.model, vocab_size=tok.vocab_size if tiny else None)
+    ours = models.build(args.model, vocab_size=tok.vocab_size if tiny else None, patches_through_h=tiny)
     c = ours.config
-    theirs = open_clip.model.CLIP(c["embed_dim"], open_clip.model.CLIPVisionCfg(layers=c["vision_layers"], width=c["vision_width"], head_width=64,
+    theirs = open_clip and open_clip.model.CLIP(c["embed_dim"], open_clip.model.CLIPVisionCfg(layers=c["vision_layers"], width=c["vision_width"], head_width=64,
                                   patch_size=c["patch_size"], image_size=c["image_size"]),
                                   open_clip.model.CLIPTextCfg(context_length=c["context_length"], vocab_size=c["vocab_size"], width=c["text_width"],
                                                               heads=c["text_heads"], layers=c["text_layers"]), quick_gelu=c["act"] == "quickgelu")
-    their_loss = open_clip.loss.ClipLoss()
+    their_loss = open_clip and open_clip.loss.ClipLoss()
     batch = Batches(data, tok, batch_size, c["image_size"], c["context_length"], 0, None, 0, 1, False, None)[0]
     batch["images"] = normalize(batch["images"])
     texts = torch.zeros(batch_size, c["context_length"], dtype=torch.long)                     # open_clip reads all positions; its end of text is
@@ -87,9 +89,13 @@ def compare_step(args):
         f = ours(**batch)
         return losses.clip_loss(f["v"], f["t"], f["scale"])
 
+    def sparc():
+        f = ours(**batch)
+        return losses.sparc_loss(f["v"], f["t"], f["V"], f["T"], f["M"], f["scale"], sigma=0.5, local_weight=0.15)["loss"]
+
     def open_clip_loss():
         return their_loss(*theirs(batch["images"], texts))
-    rivals = {"ours": (ours, our_loss), "open_clip": (theirs, open_clip_loss)}
+    rivals = {"ours": (ours, our_loss), "sparc": (ours, sparc)} | ({"open_clip": (theirs, open_clip_loss)} if open_clip else {})
     decay = argparse.Namespace(optimizer="adamw", lr=1e-4, beta2=0.98, weight_decay=0.1)
     optimizers, times, flop = {n: make_optimizer(m, decay) for n, (m, _) in rivals.items()}, {n: [] for n in rivals}, {}
     for name, (m, loss) in rivals.items():
@@ -117,13 +123,14 @@ def compare_step(args):
         t = sorted(t)
         print(f"{name:10} {1000 * t[0]:8.1f} ms at best, {1000 * t[len(t) // 2]:8.1f} median, {batch_size / t[len(t) // 2]:7,.0f} images/s, "
               f"{flop[name] / 1e9:7.1f} GFLOP of matmuls: at least {1000 * flop[name] / rate:6.1f} ms")
-    ratios = sorted(b / a for a, b in zip(times["ours"], times["open_clip"]))
-    print(f"open_clip / ours, round by round: median {ratios[len(ratios) // 2]:.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}")
+    for name in list(rivals)[1:]:
+        ratios = sorted(b / a for a, b in zip(times["ours"], times[name]))
+        print(f"{name} / ours, round by round: median {ratios[len(ratios) // 2]:.2f}, middle half {ratios[len(ratios) // 4]:.2f} to {ratios[3 * len(ratios) // 4]:.2f}")
 
 
 def main():
     ap = argparse.ArgumentParser(description="Time and memory, side by side.")
-    ap.add_argument("what", choices=("filip", "step"), help="filip: late interaction by blocks and plain; step: a training step and open_clip's")
+    ap.add_argument("what", choices=("filip", "step"), help="filip: late interaction by blocks and plain; step: a training step, SPARC's and open_clip's")
     ap.add_argument("--batch", type=int, help="pairs (default: filip 512; step 128 for tiny, 32 for other models)")
     ap.add_argument("--model", default="tiny", choices=[n for n, c in models.CONFIGS.items() if isinstance(c["vision_layers"], int)], help="for step")
     ap.add_argument("--amp", default="auto", choices=("auto", "off", "bf16"), help="for step; auto: bf16 where it is faster")
