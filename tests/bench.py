@@ -5,8 +5,8 @@
     pip install open_clip_torch && python tests/bench.py step       # a training step beside SPARC's, and beside open_clip's
     python tests/bench.py step --model ViT-B/32 --batch 32 --rounds 5
 
-Nothing else should compute while it runs. Rivals take turns, round by round, and the best round of each counts: a slow moment of the
-machine then hits all of them. Every FILIP variant has a process of its own, so that its peak memory is its own.
+Nothing else should compute while it runs. Rivals take turns, round by round, so that a slow moment of the machine hits all of
+them: of filip the best round counts, of step the ratios within a round. Every FILIP variant has a process of its own, so that its peak memory is its own.
 """
 import argparse
 import os
@@ -31,7 +31,7 @@ def filip(queue, name, batch, P=49, L=32, D=256):
     similarity, dtype = FILIP[name]
 
     def run(n):
-        V, T = (torch.nn.functional.normalize(torch.randn(n, k, D), dim=-1).to(dtype).requires_grad_() for k in (P, L))
+        V, T = (losses.unit(torch.randn(n, k, D)).to(dtype).requires_grad_() for k in (P, L))
         M = torch.arange(L) < torch.randint(4, L + 1, (n, 1))
         V.grad, T.grad = torch.zeros_like(V), torch.zeros_like(T)
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
@@ -60,14 +60,21 @@ def alone(rank, queue, name, batch):
     filip(queue, name, batch)
 
 
+def open_clip_rival(c, batch):
+    """open_clip's model with the sizes c, and its loss of the batch."""
+    import open_clip
+    model = open_clip.model.CLIP(c["embed_dim"], open_clip.model.CLIPVisionCfg(layers=c["vision_layers"], width=c["vision_width"], head_width=64,
+                                 patch_size=c["patch_size"], image_size=c["image_size"]),
+                                 open_clip.model.CLIPTextCfg(context_length=c["context_length"], vocab_size=c["vocab_size"], width=c["text_width"],
+                                                             heads=c["text_heads"], layers=c["text_layers"]), quick_gelu=c["act"] == "quickgelu")
+    clip_loss, texts = open_clip.loss.ClipLoss(), torch.zeros(len(batch["ids"]), c["context_length"], dtype=torch.long)
+    texts[:, :batch["ids"].shape[1]] = batch["ids"]                # it reads all positions; its end of text is the largest id, as ours
+    return model, lambda: clip_loss(*model(batch["images"], texts))
+
+
 def compare_step(args):
     """A training step of CLIP's objective, ours and open_clip's, with the same pictures, captions, sizes, optimiser and precision; and SPARC's,
     whose local loss is then the difference."""
-    try:
-        import open_clip
-    except ImportError:
-        open_clip = None
-        print("open_clip is not installed (pip install open_clip_torch): our steps alone")
     amp = pick_precision(args.amp, torch.device("cpu"))
     dtype, autocast = losses.DTYPES.get(amp, torch.float32), lambda: torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16")
     tiny, batch_size = args.model == "tiny", args.batch or (128 if args.model == "tiny" else 32)
@@ -75,15 +82,8 @@ def compare_step(args):
     tok = Tokenizer.train(data.texts(), 1000)
     ours = models.build(args.model, vocab_size=tok.vocab_size if tiny else None, patches_through_h=tiny)
     c = ours.config
-    theirs = open_clip and open_clip.model.CLIP(c["embed_dim"], open_clip.model.CLIPVisionCfg(layers=c["vision_layers"], width=c["vision_width"], head_width=64,
-                                  patch_size=c["patch_size"], image_size=c["image_size"]),
-                                  open_clip.model.CLIPTextCfg(context_length=c["context_length"], vocab_size=c["vocab_size"], width=c["text_width"],
-                                                              heads=c["text_heads"], layers=c["text_layers"]), quick_gelu=c["act"] == "quickgelu")
-    their_loss = open_clip and open_clip.loss.ClipLoss()
     batch = Batches(data, tok, batch_size, c["image_size"], c["context_length"], 0, None, 0, 1, False, None)[0]
     batch["images"] = normalize(batch["images"])
-    texts = torch.zeros(batch_size, c["context_length"], dtype=torch.long)                     # open_clip reads all positions; its end of text is
-    texts[:, :batch["ids"].shape[1]] = batch["ids"]                                            # the largest id, as in our vocabularies
 
     def our_loss():
         f = ours(**batch)
@@ -91,11 +91,13 @@ def compare_step(args):
 
     def sparc():
         f = ours(**batch)
-        return losses.sparc_loss(f["v"], f["t"], f["V"], f["T"], f["M"], f["scale"], sigma=0.5, local_weight=0.15)["loss"]
+        return losses.sparc_loss(f["v"], f["t"], f["V"], f["T"], f["M"], f["scale"])["loss"]
 
-    def open_clip_loss():
-        return their_loss(*theirs(batch["images"], texts))
-    rivals = {"ours": (ours, our_loss), "sparc": (ours, sparc)} | ({"open_clip": (theirs, open_clip_loss)} if open_clip else {})
+    rivals = {"ours": (ours, our_loss), "sparc": (ours, sparc)}
+    try:
+        rivals["open_clip"] = open_clip_rival(c, batch)
+    except ImportError:
+        print("open_clip is not installed (pip install open_clip_torch): our steps alone")
     decay = argparse.Namespace(optimizer="adamw", lr=1e-4, beta2=0.98, weight_decay=0.1)
     optimizers, times, flop = {n: make_optimizer(m, decay) for n, (m, _) in rivals.items()}, {n: [] for n in rivals}, {}
     for name, (m, loss) in rivals.items():

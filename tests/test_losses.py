@@ -348,7 +348,7 @@ def test_unit_is_normalize():
     x = torch.randn(3, 4, 5, dtype=torch.float64)
     x[1, 2] = 0
     g, (a, b) = torch.randn_like(x), (x.clone().requires_grad_() for _ in range(2))
-    y, z = losses.unit(a), torch.nn.functional.normalize(b, dim=-1, eps=1e-6)
+    y, z = losses.unit(a), F.normalize(b, dim=-1, eps=1e-6)
     y.backward(g)
     z.backward(g)
     assert (y[1, 2] == 0).all() and (y - z).abs().max() < 1e-15
