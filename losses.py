@@ -150,16 +150,11 @@ def by_blocks(similarity, V, *text, elements=1 << 24):
     return torch.cat([checkpoint(similarity, block, *text, use_reentrant=False) for block in V.split(n)])
 
 
-def by_length(similarity, V, T, M):
-    """similarity(V, T, M) (..., B, C) of texts in order of their length, up to an eighth of them at a time, each part cut to its longest:
-    padding, which is half of all positions where captions vary, then costs next to nothing."""
-    parts = min(8, len(T) // 32)
-    if parts < 2:
-        return similarity(V, T, M)
+def by_length(M):
+    """Texts in order of their length, an eighth of them at a time (32 at least, 256 at most): [(indices, the longest's length)].
+    Each part is cut to that, so padding, which is half of all positions where captions vary, costs next to nothing."""
     length = (M * torch.arange(1, M.shape[1] + 1, device=M.device)).amax(1)                    # up to the last real position
-    order = length.argsort()
-    s = torch.cat([similarity(V, T[i, :n], M[i, :n]) for i in order.chunk(parts) for n in [int(length[i[-1]])]], -1)
-    return s[..., order.argsort()]
+    return [(i, int(length[i[-1]])) for i in length.argsort().split(min(256, max(32, -(-len(M) // 8))))]
 
 
 # -------------------------------------------------------------------------------------------------------------------------- CLIP
@@ -192,8 +187,7 @@ def late_interaction(V, T, M):
     """filip_similarity of unit vectors: in plain sight where it is small, else the same by blocks. Position 0 of a text is always real."""
     if V.shape[0] * T.shape[0] * V.shape[1] * T.shape[1] <= 1 << 20:
         return _late_interaction(V, T, M)
-    T = torch.where(M[..., None], T, T[:, :1])                     # a copy of BOS never wins over BOS: padding needs no mask below
-    return by_length(_BlockedLateInteraction.apply, V, T, M).unbind()
+    return _BlockedLateInteraction.apply(V, T, M).unbind()
 
 
 def _late_interaction(V, T, M):
@@ -218,56 +212,73 @@ def _first_max(s, dim):
 
 class _BlockedLateInteraction(torch.autograd.Function):
     """_late_interaction without its (B,C,P,L) tensor. Forward keeps where each maximum was found; backward knows that its gradient
-    belongs to that one entry, and multiplies by the sparse matrix of a block. Padded tokens are copies of position 0."""
+    belongs to that one entry, and multiplies by the sparse matrix of a block."""
+    elements = 1 << 20                                             # of a block (b, P, L, c)
 
     @staticmethod
-    def blocks(V, T, elements=1 << 21):
-        """Slices of pictures and of texts whose products (b,P,L,c) have about so many elements."""
-        c = min(len(T), 256)
-        b = max(1, elements // (c * V.shape[1] * T.shape[1]))
-        return [(slice(i, i + b), slice(j, j + c)) for j in range(0, len(T), c) for i in range(0, len(V), b)]
+    def blocks(V, T, M):
+        """-> [(indices c of texts, their places in order of length, the longest's length L, their words (L c, d), slices of pictures)].
+        Texts stand innermost, so that both maxima run along strided dimensions. Padding becomes a copy of BOS, which changes no maximum."""
+        end = 0
+        for c, L in by_length(M):
+            end += len(c)
+            words = torch.where(M[c, :L, None], T[c, :L], T[c, :1]).transpose(0, 1).flatten(0, 1)
+            b = max(1, _BlockedLateInteraction.elements // (len(words) * V.shape[1]))
+            yield c, slice(end - len(c), end), L, words, [slice(i, i + b) for i in range(0, len(V), b)]
 
     @staticmethod
     def forward(ctx, V, T, M):
-        (B, P, _), (C, L, _) = V.shape, T.shape
-        acc = torch.promote_types(V.dtype, torch.float32)
-        s_image, s_text = out = torch.empty(2, B, C, dtype=acc, device=V.device)
-        positions = []
-        weight = M.T.to(acc) / M.sum(1)                                                                # (L, C), of each word in eq. 5's mean
+        B, P, C = len(V), V.shape[1], len(T)
+        weight = M.T.to(torch.promote_types(V.dtype, torch.float32)) / M.sum(1)                # (L, C), of each word in eq. 5's mean
+        own = M.T * torch.arange(len(M.T), device=M.device)[:, None]                           # (L, C), of a copy of BOS: BOS's position
+        dtype = torch.uint8 if max(P, len(own)) < 256 else torch.int16
+        best_word, best_patch = (torch.empty(B, n, C, dtype=dtype, device=V.device) for n in (P, len(own)))
+        s_image, s_text = out = weight.new_empty(2, B, C)
         with torch.autocast(V.device.type, enabled=False):
-            for b, c in _BlockedLateInteraction.blocks(V, T):
-                words = T[c].transpose(0, 1).flatten(0, 1)                                     # (L c, d): texts innermost, so that both maxima
-                s = (V[b].flatten(0, 1) @ words.T).view(-1, P, L, len(T[c]))                   # (b, P, L, c)    run along strided dimensions
-                (to_word, l), (to_patch, p) = _first_max(s, 2), _first_max(s, 1)               # (b, P, c), (b, L, c)
-                s_image[b, c] = to_word.to(acc).mean(1)
-                s_text[b, c] = (to_patch * weight[:, c]).sum(1)
-                positions.append((l, p))
-        ctx.save_for_backward(V, T, weight)
-        ctx.positions = positions
+            for c, at, L, words, pictures in _BlockedLateInteraction.blocks(V, T, M):
+                for b in pictures:
+                    s = (V[b].flatten(0, 1) @ words.T).view(-1, P, L, len(c))                  # (b, P, L, c)
+                    (to_word, l), (to_patch, p) = _first_max(s, 2), _first_max(s, 1)           # (b, P, c), (b, L, c)
+                    s_image[b, c] = to_word.to(weight.dtype).mean(1)
+                    s_text[b, c] = (to_patch * weight[:L, c]).sum(1)
+                    best_word[b, :, at] = own[:L, c].to(dtype).expand(len(l), -1, -1).gather(1, l.long())           # rounding may prefer a copy
+                    best_patch[b, :L, at] = p
+        ctx.save_for_backward(V, T, M, weight, best_word, best_patch)
         return out                                                 # (2, B, C)
 
     @staticmethod
     def backward(ctx, g):
-        (V, T, weight), (g_image, g_text) = ctx.saved_tensors, g
-        (B, P, D), (C, L, _) = V.shape, T.shape
-        dV, dT = (torch.zeros(x.shape, dtype=g.dtype, device=x.device) for x in (V, T.transpose(0, 1)))
-        for (b, c), (l, p) in zip(_BlockedLateInteraction.blocks(V, T), ctx.positions):
-            G = V.new_zeros(len(V[b]), P, L, len(T[c]))                                        # d loss / d s, two entries a maximum
-            G.scatter_(2, l[:, :, None].long(), (g_image[b, c] / P).to(G.dtype)[:, None, None].expand(-1, P, 1, -1))
-            G.scatter_add_(1, p[:, None].long(), (g_text[b, None, c] * weight[:, c]).to(G.dtype)[:, None])
-            G, words = G.view(-1, G.shape[2] * G.shape[3]), T[c].transpose(0, 1).flatten(0, 1)
-            dV[b] += (G @ words).view(-1, P, D)
-            dT[:, c] += (G.T @ V[b].flatten(0, 1)).view(L, -1, D)
-        return dV.to(V.dtype), dT.transpose(0, 1).to(T.dtype), None
+        (V, T, M, weight, best_word, best_patch), (g_image, g_text) = ctx.saved_tensors, g
+        P, D = V.shape[1:]
+        dV, dT = torch.zeros_like(V, dtype=g.dtype), torch.zeros_like(T)
+        for c, at, L, words, pictures in _BlockedLateInteraction.blocks(V, T, M):
+            d_words = torch.zeros_like(words, dtype=g.dtype)
+            for b in pictures:
+                l, p = best_word[b, :, None, at].long(), best_patch[b, None, :L, at].long()    # (b, P, 1, c), (b, 1, L, c)
+                G = V.new_zeros(len(l), P, L, len(c))                                          # d loss / d s, two entries a maximum
+                G.scatter_(2, l, (g_image[b, c] / P).to(G.dtype)[:, None, None].expand_as(l))
+                G.scatter_add_(1, p, (g_text[b, None, c] * weight[:L, c]).to(G.dtype)[:, None])
+                G = G.view(-1, len(words))                                                     # (b P, L c)
+                dV[b] += (G @ words).view(-1, P, D)
+                d_words += G.T @ V[b].flatten(0, 1)
+            dT[c, :L] = d_words.view(L, -1, D).transpose(0, 1).to(T.dtype)
+        return dV.to(V.dtype), dT, None
 
 
 @torch.no_grad()
 def _select(V, T, M, keep):
     """Positions of the tokens worth sending: those with the largest eq. 3 over all texts (pictures) of this process.
     -> of patches (b, kI), of text positions (b, kT); at least one each."""
-    s = torch.einsum("bpd,cld->bcpl", V, T).masked_fill(~M[None, :, None], float("-inf"))
+    lowest = float("-inf")                                                                     # which padding keeps
+    of_patches, of_words = V.new_full(V.shape[:2], lowest), V.new_full(M.shape, lowest)        # (b, P), (b, L): the best so far
+    for c, _, L, words, pictures in _BlockedLateInteraction.blocks(V, T, M):
+        for b in pictures:
+            s = (V[b].flatten(0, 1) @ words.T).view(-1, V.shape[1], L, len(c))                 # (b, P, L, c)
+            of_patches[b] = of_patches[b].maximum(s.amax((2, 3)))
+            of_words[c, :L] = of_words[c, :L].maximum(s.amax((0, 1)).T)
+    of_words.masked_fill_(~M, lowest)
     k_image, k_text = (max(1, int(keep * n + 1e-9)) for n in (V.shape[1], T.shape[1]))
-    return s.amax((1, 3)).topk(k_image).indices, s.amax((0, 2)).topk(k_text).indices
+    return of_patches.topk(k_image).indices, of_words.topk(k_text).indices
 
 
 def filip_loss(V, T, M, scale, keep=1.0, gather_dtype=None):
@@ -410,7 +421,9 @@ def gloria_similarity(V, T, M, words_sharpness=4.0, text_sharpness=5.0, single_s
         r = attended_cosine((words_sharpness * w).softmax(3), s, V)                            # (B, C, L)
         z = (text_sharpness * r).masked_fill(~M, float("-inf")).logsumexp(2)
         return z - M.sum(1).to(z).log() if mean_words else z
-    return by_length(lambda *x: by_blocks(block, *x), V, T, M)
+    parts = by_length(M)
+    s = torch.cat([by_blocks(block, V, T[c, :L], M[c, :L]) for c, L in parts], 1)
+    return s[:, torch.cat([c for c, _ in parts]).argsort()]
 
 
 def gloria_loss(v, t, V, T, M, scale, scale_local, gather_dtype=None, **options):

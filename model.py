@@ -79,11 +79,11 @@ class Attention(nn.Module):
 
     def forward(self, x, bias=None, packed=None):
         """x (B, N, w), or packed (n, w); bias, added to the scores: None, (N, N) or (B, 1, 1, N) with -inf where attention is barred.
-        packed: the mask (B, N) that x's rows were taken by, so that only attention itself spends time on padding."""
+        packed: (rows, (B, N)), the positions that x's rows stand for, so that only attention itself spends time on padding."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        qkv = qkv if packed is None else unpack(qkv, packed)                                   # (B, N, 3w)
+        qkv = qkv if packed is None else unpack(qkv, *packed)                                  # (B, N, 3w)
         B, N, w = *qkv.shape[:2], x.shape[-1]
-        q, k, v = qkv.view(B, N, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.view(B, N, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4).contiguous()     # (B, heads, N, w / heads) each
         if x.device.type == "cpu" and N <= 256:                    # for short sequences the plain form has the faster CPU backward
             scores = (q * (w // self.heads) ** -0.5) @ k.transpose(-2, -1)                     # (B, heads, N, N)
             scores = scores if bias is None else scores + bias.to(scores.dtype)
@@ -91,13 +91,19 @@ class Attention(nn.Module):
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
         y = y.transpose(1, 2).reshape(B, N, w)
-        return self.out_proj(y if packed is None else y.flatten(0, 1)[packed.flatten()])
+        return self.out_proj(y if packed is None else y.flatten(0, 1).index_select(0, packed[0]))
 
 
-def unpack(x, mask):
-    """Rows (n, w) of the True positions of mask (B, L) -> (B, L, w), 0 elsewhere."""
-    out = x.new_zeros(mask.numel(), x.shape[-1])
-    return out.index_copy(0, mask.flatten().nonzero()[:, 0], x).view(*mask.shape, -1)
+def pack(mask):
+    """mask (B, L) -> positions in the flattened mask, the n True ones first, then False ones up to a multiple of 64; n. The same few
+    numbers of rows come again and again, for which matmul kernels are ready and memory is at hand."""
+    n = int(mask.sum())
+    return mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:-(-n // 64) * 64], n
+
+
+def unpack(x, rows, shape):
+    """x (n, w), rows (n,) their positions among B L -> (B, L, w), 0 elsewhere; shape: (B, L)."""
+    return x.new_zeros(shape.numel(), x.shape[-1]).index_copy(0, rows, x).view(*shape, -1)
 
 
 class LeFF(nn.Module):
@@ -358,8 +364,10 @@ class CLIP(nn.Module):
         bias = key_bias(mask)
         if self.causal:                                            # a real token never sees padding behind it, so the keys need no mask
             bias = torch.full((L, L), float("-inf"), device=ids.device).triu(1)
-        x = (self.token_embedding(ids) + self.positional_embedding[:L])[mask]                  # (n, w), n real tokens in all: packed
-        x = unpack(self.ln_final(self.transformer(x, bias, mask)), mask)                       # (B, L, w)
+        rows, n = pack(mask)                                                                   # n real tokens in all
+        x = (self.token_embedding(ids) + self.positional_embedding[:L]).flatten(0, 1).index_select(0, rows)
+        x = self.ln_final(self.transformer(x, bias, (rows, mask.shape))[:n])                   # (n, w)
+        x = unpack(x, rows[:n], mask.shape)                                                    # (B, L, w)
         T = x @ self.text_projection
         if self.pool == "cls":
             return T[torch.arange(B, device=ids.device), mask.sum(1) - 1], T                   # the feature at EOT

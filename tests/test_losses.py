@@ -316,27 +316,20 @@ def test_filip_by_blocks_equals_its_plain_twin(monkeypatch, dtype, ties, value, 
     V, T, M = interaction(26, 40, 33, 32, *[lambda *shape: torch.randint(-1, 2, shape)] * ties)              # large enough for blocks
     f = {"V": V.to(dtype), "T": T.to(dtype)}
     weights, used = torch.randn(2, 26, 40, dtype=torch.promote_types(dtype, torch.float32)), []
-
-    def blocks(V, T):                                   # 10, 10 and 6 pictures, 17, 17 and 6 texts
-        used.append(len(V))
-        return [(slice(i, i + 10), slice(j, j + 17)) for j in range(0, len(T), 17) for i in range(0, len(V), 10)]
-
-    monkeypatch.setattr(losses._BlockedLateInteraction, "blocks", staticmethod(blocks))
+    monkeypatch.setattr(losses._BlockedLateInteraction, "elements", 7 * 33 * 32 * 32)          # blocks of some seven pictures with 32 texts
+    blocks = losses._BlockedLateInteraction.blocks
+    monkeypatch.setattr(losses._BlockedLateInteraction, "blocks", staticmethod(lambda *x: used.extend([list(blocks(*x))]) or used[-1]))
     for a, b in zip(losses.late_interaction(*f.values(), M), losses._late_interaction(*f.values(), M)):
         assert a.dtype == b.dtype == weights.dtype and (a - b).abs().max() <= value
     ours, plain = (run(lambda f: sum((w * s).sum() for w, s in zip(weights, fn(f["V"], f["T"], M))), f)
                    for fn in (losses.late_interaction, losses._late_interaction))
-    assert len(used) == 3 and finite(ours) and (ours[1]["T"][~M] == 0).all() and all(ours[1][k].dtype == dtype for k in f)
+    assert len(used) == 3 and [len(c) for c, *_ in used[0]] == [32, 8] and 26 % used[0][0][4][0].stop
+    assert finite(ours) and (ours[1]["T"][~M] == 0).all() and all(ours[1][k].dtype == dtype for k in f)
     for k, d in plain[1].items():
         assert (ours[1][k] - d).abs().max() <= gradient * d.abs().max()
 
 
-def test_filip_blocks():
-    for B, C, elements in ((5, 7, 600), (5, 300, 16000), (3, 2, 1)):
-        seen, blocks = torch.zeros(B, C), losses._BlockedLateInteraction.blocks(torch.zeros(B, 6, 1), torch.zeros(C, 5, 1), elements)
-        for b, c in blocks:
-            seen[b, c] += 1
-        assert (seen == 1).all() and len(blocks) > 1
+def test_filip_by_blocks_of_nan():
     V, T, M = interaction(26, 40, 33, 32)
     V[3, 5, 2] = math.nan                               # an overflow upstream: it has to come out, so that training stops, and not to crash here
     ours, plain = losses.late_interaction(V.requires_grad_(), T, M), losses._late_interaction(V, T, M)
@@ -356,16 +349,18 @@ def test_unit_is_normalize():
 
 
 @pytest.mark.parametrize("similarity", [losses.gloria_similarity, lambda V, T, M: torch.stack(losses.late_interaction(V, T, M))])
-def test_by_length_equals_the_whole(monkeypatch, similarity):
-    """70 texts: two parts of 35, each cut to its longest; a mask need not be a prefix."""
+def test_parts_by_length_equal_the_whole(monkeypatch, similarity):
+    """70 texts: parts of 32, 32 and 6, each cut to its longest; a mask need not be a prefix."""
     V, T, M = interaction(20, 70, 33, 32)
     M[:, 1] = M[:, 2]
-    f, sizes, apply = {"V": V, "T": T}, [], losses.by_length
-    monkeypatch.setattr(losses, "by_length", lambda fn, *x: apply(lambda *part: [sizes.append(part[1].shape[1]), fn(*part)][1], *x))
+    parts = losses.by_length(M)
+    assert [len(c) for c, _ in parts] == [32, 32, 6] and torch.cat([c for c, _ in parts]).sort().values.equal(torch.arange(70))
+    assert all(M[c, L - 1].any() and not M[c, L:].any() for c, L in parts) and parts[0][1] < parts[1][1] < parts[2][1] == 32
+    f = {"V": V, "T": T}
     run_ = lambda: run(lambda f: (similarity(f["V"], f["T"], M) * torch.arange(20 * 70).view(20, 70).sin()).sum(), f)
     parted = run_()
-    monkeypatch.setattr(losses, "by_length", lambda fn, *x: fn(*x))
-    assert same(parted, run_()) and len(sizes) == 2 and sizes[0] < sizes[1] == 32
+    monkeypatch.setattr(losses, "by_length", lambda M: [(torch.arange(70), 32)])
+    assert same(parted, run_())
 
 
 @pytest.mark.parametrize("n", [1, 3, 255, 256, 300])
