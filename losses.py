@@ -120,11 +120,11 @@ def within_pair_loss(x, y, M, scale):
     """x, y (b,L,D), M (b,L): each x_l must find y_l among the real positions of its own pair, and the other way round -> scalar, the
     mean over all real positions of all ranks."""
     x_to_y = scale * torch.einsum("bld,bmd->blm", unit(x), unit(y))                            # (b, L, L)
-    own = torch.arange(M.shape[1], device=M.device).expand_as(M)[M]                            # (N,), N real positions in all
+    own = torch.arange(M.shape[1], device=M.device).where(M, -100).flatten()                   # (b L,), -100: a padded row, left out
     total = 0.
     for s in (x_to_y, x_to_y.transpose(1, 2)):
-        s = s.masked_fill(~M[:, None], float("-inf"))                                          # padding is no negative
-        total = total + F.cross_entropy(s[M], own, reduction="sum") / 2                        # padded rows are left out
+        s = s.masked_fill(~M[:, None], float("-inf")).flatten(0, 1)                            # (b L, L), padding is no negative
+        total = total + F.cross_entropy(s, own, reduction="sum", ignore_index=-100) / 2
     n = M.sum()
     if world() > 1:                                                # ranks hold unequal numbers: the mean of their means would be another
         dist.all_reduce(n)
@@ -318,7 +318,7 @@ def sparc_alignment(V, T, sigma=None, softmax=False):
     low, high = s.amin(-1, keepdim=True), s.amax(-1, keepdim=True)                             # (B, L, 1)
     tied = high - low <= 1e-6 * high.abs().clamp(min=1)                                        # a word for which all patches are alike
     s_hat = (s - low) / (high - low).masked_fill(tied, 1)                                      # SPARC eq. 2, in 0..1
-    s_til = s_hat.masked_fill(s_hat < sigma, 0)                                                # SPARC eq. 3
+    s_til = s_hat * (s_hat >= sigma)                                                           # SPARC eq. 3
     s_til = s_til.masked_fill(tied, 1)
     return s_til / s_til.sum(-1, keepdim=True)                                                 # SPARC eq. 4; the sum is at least 1
 

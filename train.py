@@ -247,6 +247,14 @@ def start_processes(args):
     return rank, world, device
 
 
+def leave_processes():
+    """Leave the process group. Gloo's threads may then still be letting go of the last gather's tensors, for which they need Python's
+    lock: an interpreter that ended meanwhile would abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(0.2)
+
+
 def keep_memory():
     """Let Linux's C library keep what a step frees for the next one. Else it returns it to the system, which hands it out again page by
     page, each wiped first: a tenth to a third of a small model's step. Other systems' libraries have no such switch."""
@@ -634,12 +642,13 @@ def finish(args):
 if __name__ == "__main__":
     try:
         args = options()
-        if train(args):
+        main = train(args)
+        leave_processes()                                          # the first one evaluates alone
+        if main:
             finish(args)
     except UserError as e:
         if isinstance(e, BadData) or os.environ.get("RANK", "0") == "0":
             print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes()

@@ -12,6 +12,7 @@ from data import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = "--steps 6 --batch-size 8 --layers 1 --width 64 --workers 0 --eval-every 0 --log-every 1 --save-every 2 --warmup 2 --amp off".split()
+TWO_PROCESSES = [sys.executable, *"-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0".split()]
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +206,7 @@ def script(folder):
     """train.py without the evaluation at its end."""
     path = folder / "only_train.py"
     path.write_text(f"import sys; sys.path.insert(0, {ROOT!r})\nimport train\n"
-                    "if __name__ == '__main__':\n    train.train(train.options())\n    train.dist.is_initialized() and train.dist.destroy_process_group()\n")
+                    "if __name__ == '__main__':\n    train.train(train.options())\n    train.leave_processes()\n")
     return str(path)
 
 
@@ -238,8 +239,7 @@ def test_two_processes_equal_one(go, tmp_path, loss):
     """Loss and the gradient of every parameter after one step; AdamW's first moment is a tenth of the gradient."""
     options = [*SMALL, "--loss", *loss.split(), "--steps", "1", "--clip-grad", "0"]
     go(*options[len(SMALL):])
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-                    script(tmp_path), *options, "--out", str(tmp_path / "two")], check=True, capture_output=True)
+    subprocess.run([*TWO_PROCESSES, script(tmp_path), *options, "--out", str(tmp_path / "two")], check=True, capture_output=True)
     (one, a), (two, b) = read(tmp_path / "run"), read(tmp_path / "two")
     assert abs(float(one[0]["loss"]) - float(two[0]["loss"])) < 1e-4 and a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
     for i, x in a["optimizer"]["state"].items():
@@ -333,8 +333,9 @@ def test_benchmark_reports_and_leaves_nothing(go, tmp_path, capsys):
     assert min(times) > 0 and abs(sum(times[:-1]) - times[-1]) < 0.5
 
 
-def test_the_command_trains_evaluates_and_draws(tmp_path):
-    r = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *SMALL, "--out", "here"], capture_output=True, text=True, cwd=tmp_path)
+@pytest.mark.parametrize("python", [[sys.executable], TWO_PROCESSES], ids=["one process", "two"])
+def test_the_command_trains_evaluates_and_draws(tmp_path, python):
+    r = subprocess.run([*python, os.path.join(ROOT, "train.py"), *SMALL, "--out", "here"], capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     assert {"last.pt", "log.csv", "args.json", "metrics.json", "align.png"} == set(os.listdir(tmp_path / "here"))
     metrics = json.loads((tmp_path / "here" / "metrics.json").read_text())
