@@ -230,8 +230,8 @@ class _BlockedLateInteraction(torch.autograd.Function):
     def forward(ctx, V, T, M):
         B, P, C = len(V), V.shape[1], len(T)
         weight = M.T.to(torch.promote_types(V.dtype, torch.float32)) / M.sum(1)                # (L, C), of each word in eq. 5's mean
-        own = M.T * torch.arange(len(M.T), device=M.device)[:, None]                           # (L, C), of a copy of BOS: BOS's position
-        dtype = torch.uint8 if max(P, len(own)) < 256 else torch.int16
+        dtype = torch.uint8 if max(P, M.shape[1]) < 256 else torch.int16
+        own = (M.T * torch.arange(M.shape[1], device=M.device)[:, None]).to(dtype)             # (L, C), of a copy of BOS: BOS's position
         best_word, best_patch = (torch.empty(B, n, C, dtype=dtype, device=V.device) for n in (P, len(own)))
         s_image, s_text = out = weight.new_empty(2, B, C)
         with torch.autocast(V.device.type, enabled=False):
@@ -241,7 +241,7 @@ class _BlockedLateInteraction(torch.autograd.Function):
                     (to_word, l), (to_patch, p) = _first_max(s, 2), _first_max(s, 1)           # (b, P, c), (b, L, c)
                     s_image[b, c] = to_word.to(weight.dtype).mean(1)
                     s_text[b, c] = (to_patch * weight[:L, c]).sum(1)
-                    best_word[b, :, at] = own[:L, c].to(dtype).expand(len(l), -1, -1).gather(1, l.long())           # rounding may prefer a copy
+                    best_word[b, :, at] = own[:L, c].expand(len(l), -1, -1).gather(1, l.long())           # rounding may prefer a copy
                     best_patch[b, :L, at] = p
         ctx.save_for_backward(V, T, M, weight, best_word, best_patch)
         return out                                                 # (2, B, C)

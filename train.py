@@ -239,9 +239,9 @@ def start_processes(args):
         torch.cuda.set_device(device)
     else:
         keep_memory()
-    if device.type == "cpu" and world > 1:                         # torchrun leaves each process one thread
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+        if world > 1:                                              # torchrun leaves each process one thread
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device

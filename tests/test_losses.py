@@ -329,7 +329,17 @@ def test_filip_by_blocks_equals_its_plain_twin(monkeypatch, dtype, ties, value, 
         assert (ours[1][k] - d).abs().max() <= gradient * d.abs().max()
 
 
-def test_filip_by_blocks_of_nan():
+def test_filip_blocks(monkeypatch):
+    for B, C, elements in ((5, 7, 600), (5, 300, 16000), (3, 2, 1)):
+        monkeypatch.setattr(losses._BlockedLateInteraction, "elements", elements)
+        seen, places = torch.zeros(B, C), []
+        M = torch.arange(5) < torch.randint(1, 6, (C, 1))
+        blocks = [(c, at, b) for c, at, *_, pictures in losses._BlockedLateInteraction.blocks(torch.zeros(B, 6, 1), torch.zeros(C, 5, 1), M) for b in pictures]
+        for c, at, b in blocks:
+            seen[b, c] += 1
+            places += range(C)[at] if b.start == 0 else []
+        assert (seen == 1).all() and len(blocks) > 1 and places == list(range(C))
+    monkeypatch.undo()
     V, T, M = interaction(26, 40, 33, 32)
     V[3, 5, 2] = math.nan                               # an overflow upstream: it has to come out, so that training stops, and not to crash here
     ours, plain = losses.late_interaction(V.requires_grad_(), T, M), losses._late_interaction(V, T, M)
