@@ -1,397 +1,524 @@
-"""Evaluation: retrieval, zero-shot classification, zero-shot segmentation, word-patch alignment, on scenes or on real pictures.
+"""Evaluation: retrieval, classification, segmentation, word-patch alignment; what a step costs.
 
-    python eval.py runs/sparc                          # on 1,000 test scenes: prints a table, writes runs/sparc/metrics.json
-    python eval.py runs/sparc runs/clip --data photos/test.csv        # on real pictures, several runs side by side
-    python eval.py cost                                # what a step costs at full size, beside SPARC's Table 12 and FILIP's Table 5
+    python eval.py runs/sparc                     # 1,000 test scenes: a table and metrics.json
+    python eval.py runs/sparc runs/clip --data photos/test.csv    # real pictures, side by side
+    python eval.py cost                           # a step at full size, beside the papers' tables
 
-Covers: FILIP 3.1.2 and 4.5 (late interaction at inference, mean similarity over prompts), SPARC 4.2, 4.3, 4.5, D.5, D.6 and D.7.
+Covers: FILIP 3.1.2 (similarities averaged over prompts), 4.2, 4.3, Table 5; SPARC 4.2, 4.3, the
+segmentation of 4.5 and D.7, Table 12; of SPARC D.5 the formula of the prompts, not their lists.
 
-All numbers are percentages, except the local losses, in nats, and the cost. What they mean:
-    retrieval       R@k: the true partner is among the k best of all. Ties count against the model. Several captions a picture: a
-                    picture finds any of its captions, each caption must find its picture (the five-captions protocol)
-    classification  top-1 over 8 shapes, over 8 colours, on scenes of one object; prompts are averaged
-    segmentation    each patch goes to the class text it is closest to; classes: the objects present and the background. miou: mean over
-                    the objects' classes only; patch_acc: the share of patches lying on an object that get that object's class
-    alignment       colour_word_acc, shape_word_acc: a word's best patch lies on the object it names (covers a quarter of the patch or
-                    more; chance = what a random patch gets). patch_word_acc: the best word of a patch on an object names that object.
-                    local_gap: SPARC's local loss (MGCA's CTA) on shuffled pictures minus on the right ones; near 0 it never looks
-    composition     swap_acc: the caption is preferred to the same caption with two colours exchanged (chance 50)
-    cost            of training: optimiser steps, milliseconds a step (validation and checkpoints included), most memory held in MB
+Percentages, except the local losses (nats) and the cost:
+    retrieval       R@k: the true partner is among the k best; ties count against the model. A
+                    picture may find any of its captions, each caption must find its picture
+    classification  top-1 of 8 shapes and 8 colours, on scenes of one object
+    segmentation    each patch gets the class of the closest text, an object's or the background's.
+                    miou: mean over the objects, in pixels. patch_acc: patches on an object
+    alignment       colour_word_acc, shape_word_acc: a word's best patch lies on the object that it
+                    names, which covers a quarter of it or more (chance: a random patch).
+                    patch_word_acc: the best word of a patch on an object names that object.
+                    local_gap: the local loss (SPARC's, MGCA's CTA) of shuffled pictures minus
+                    that of the right ones. It is near 0 if the loss ignores the picture
+    composition     swap_acc: the caption scores above that with two colours exchanged (chance 50)
+    cost            steps, milliseconds a step (with validation), the most memory held in MB
 
-Differs from the papers: SPARC does not say which text stands for "background" in segmentation; here the captions' own words, "on sand".
-FILIP is scored by late interaction, PACL by pooling the patches for each text, all others, CLIP+FILIP too, by their global embeddings. For
-FILIP a patch's similarity to a class text is its best word's, the late interaction of one patch.
+Differs from the papers: segmentation's classes are whole phrases ("a small red star"; "on sand" is
+the background, for which SPARC names no text), and IoU is averaged over the objects of all
+pictures, not by class. Prompts are phrases of the scenes' captions. FILIP is scored by late
+interaction and segmented by a patch's best word; PACL is scored by pooling the patches for each
+text. All others, CLIP+FILIP too, are scored, classified and segmented by their global embeddings:
+SPARC's Tables 9 and 10 put CLIP+FILIP beside CLIP.
 """
-import argparse, json, operator, os, pathlib
+import argparse
+import json
+import math
+import os
+import pathlib
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-import model as models
-from data import (COLOURS, SHAPES, Scenes, Tokenizer, UserError, center_crop, normalize, open_dataset, prompts, to_tensor,
-                  word_tokens, write)
-from losses import OBJECTIVES, WITHIN_PAIR, filip_similarity, make_head, pacl_similarity, sparc_loss, unit
+from data import COLOURS, SHAPES, Scenes, Tokenizer, center_crop, normalize, open_dataset
+from data import sparc_prompts, to_tensor, word_tokens, write
+from losses import DTYPES, OBJECTIVES, unit
+from model import CLIP, UserError
 
 
-# ----------------------------------------------------------------------------------------------------------------- runs and features
+# -------------------------------------------------------------------------- runs and features
+def first_line(error):
+    """What an exception says, in at most 100 characters."""
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
+
+
 def read_checkpoint(path):
-    """A checkpoint of train.py as a dict; tensors, numbers and strings only, no code is unpickled."""
+    """A checkpoint of train.py as a dict of tensors, numbers and strings. No code is unpickled.
+    Raises UserError if it is missing, damaged or something else."""
     if not os.path.isfile(path):
-        raise UserError(f"there is no checkpoint {path}: train one with `torchrun train.py --out {os.path.dirname(path) or '.'}`")
+        raise UserError(f"there is no checkpoint {path}: train one with "
+                        f"`torchrun train.py --out {os.path.dirname(path) or '.'}`")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "model", "head", "merges", "args", "step"} - set(ckpt)
-    except Exception as e:                                          # torch raises many kinds on a damaged file
-        raise UserError(f"{path} can't be read as a checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:100]}); train again or take a copy") from None
+        missing = sorted({"config", "model", "head", "merges", "args", "step"} - set(ckpt))
+    except Exception as e:  # torch raises many kinds on a damaged file
+        raise UserError(f"{path} can't be read as a checkpoint ({first_line(e)}); "
+                        f"train again or take a copy") from None
     if missing:
-        raise UserError(f"{path} is no checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{path} isn't a checkpoint of train.py: it lacks {', '.join(missing)}")
+    ckpt["head"].pop("calls", None)  # a counter that MGCA's head had in older checkpoints
     return ckpt
 
 
 def load_run(folder, device="cpu"):
-    """-> model in eval mode, tokeniser, the run's options with its step, its objective's head and what it cost."""
+    """A run folder -> model in eval mode, tokeniser, args: the run's options, step, cost, head."""
     ckpt = read_checkpoint(os.path.join(folder, "last.pt"))
     try:
-        model = models.CLIP(**ckpt["config"])
+        model = CLIP(**ckpt["config"])
         model.load_state_dict(ckpt["model"])
-        head = make_head(ckpt["args"]["loss"], ckpt["config"]["embed_dim"])
+        head = OBJECTIVES[ckpt["args"]["loss"]].head(ckpt["config"]["embed_dim"])
         head.load_state_dict(ckpt["head"])
     except (TypeError, KeyError, RuntimeError) as e:
-        raise UserError(f"{folder}/last.pt is of another version of model.py ({str(e).splitlines()[0][:100]}): train again") from None
-    cost = {"steps": ckpt["step"], "ms_per_step": 1000 * ckpt.get("seconds", 0) / max(1, ckpt["step"]), "peak_mb": ckpt.get("peak_mb") or 0}
-    return model.to(device).eval(), Tokenizer(ckpt["merges"]), argparse.Namespace(**ckpt["args"], step=ckpt["step"], cost=cost, head=head.to(device).eval())
+        raise UserError(f"{folder}/last.pt is of another version of model.py ({first_line(e)}): "
+                        f"train again") from None
+    step, milliseconds = ckpt["step"], 1000 * ckpt.get("seconds", 0)
+    cost = {"steps": step, "ms_per_step": milliseconds / max(1, step),
+            "peak_mb": ckpt.get("peak_mb") or 0}
+    args = argparse.Namespace(**ckpt["args"], step=step, cost=cost, head=head.to(device).eval())
+    return model.to(device).eval(), Tokenizer(ckpt["merges"]), args
+
+
+def loss_options(args):
+    """The keyword options of a run's loss, from any object with train.py's options as attributes.
+    An option that args lacks, as in an older checkpoint, is left out: losses.py's default holds."""
+    names = OBJECTIVES[args.loss].options
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if "gather_dtype" in options:
+        options["gather_dtype"] = DTYPES[args.gather_dtype]
+    if options.get("sigma") == "1/P":
+        options["sigma"] = None
+    if "alpha" in names and getattr(args, "hard_targets", False):
+        options["alpha"] = 0.0
+    return options
 
 
 @torch.no_grad()
-def encode_images(model, images, batch=250, **kw):
-    """List of RGB pictures -> v (N,D), V (N,P,D), fp32 on the model's device."""
+def encode_images(model, images, batch=250, **options):
+    """List of RGB pictures -> v (B,D), V (B,P,D). options: encode_image's."""
     device, size = model.logit_scale.device, model.config["image_size"]
-    out = [model.encode_image(normalize(to_tensor([center_crop(im, size) for im in images[i:i + batch]]).to(device)), **kw)
-           for i in range(0, len(images), batch)]
-    return tuple(torch.cat(x) for x in zip(*out))
+    out = []
+    for i in range(0, len(images), batch):
+        x = to_tensor([center_crop(im, size) for im in images[i:i + batch]]).to(device)
+        out.append(model.encode_image(normalize(x), **options))
+    return tuple(map(torch.cat, zip(*out)))
 
 
 @torch.no_grad()
 def encode_texts(model, tok, texts, batch=500):
-    """List of texts -> t (N,D), T (N,L,D), M (N,L); L is the longest of them."""
+    """List of texts -> t (C,D), T (C,L,D), M (C,L); L is the length of the longest of them."""
     device = model.logit_scale.device
     ids, mask = tok(texts, model.context_length)
     L = int(mask.sum(1).max())
     ids, mask = ids[:, :L].to(device), mask[:, :L].to(device)
-    out = [model.encode_text(ids[i:i + batch], mask[i:i + batch]) for i in range(0, len(texts), batch)]
-    return *(torch.cat(x) for x in zip(*out)), mask
+    out = [model.encode_text(i, m) for i, m in zip(ids.split(batch), mask.split(batch))]
+    return *map(torch.cat, zip(*out)), mask
+
+
+# -------------------------------------- metrics: functions of tensors, each usable by itself
+@torch.no_grad()
+def similarities(objective, v, V, t, T, M, rows=16):
+    """All pictures with all texts -> (ranking texts, ranking pictures), both (B,C).
+    objective: a record of losses.py. v (B,D), V (B,P,D), t (C,D), T (C,L,D), M (C,L).
+    Late interaction takes `rows` pictures at a time, so that it fits in memory."""
+    if not objective.late:
+        return objective.score(v, V, t, T, M)
+    blocks = [objective.score(*block, t, T, M) for block in zip(v.split(rows), V.split(rows))]
+    return tuple(map(torch.cat, zip(*blocks)))
+
+
+def retrieval(s_i2t, s_t2i, owner):
+    """R@1, R@5 and R@10 both ways, in per cent. FILIP 4.3, Table 2; SPARC 4.3, Tables 1 and 11.
+    s_i2t, s_t2i (B,C) similarities of pictures and texts; owner (C,) the picture of each text."""
+    own = owner[None] == torch.arange(len(s_i2t), device=owner.device)[:, None]  # (B, C)
+    best = s_i2t.masked_fill(~own, -torch.inf).amax(1, keepdim=True)  # (B, 1)
+    rank_i = (~(s_i2t < best) & ~own).sum(1)  # strangers that are not below it, NaN too
+    true = s_t2i.gather(0, owner[None])  # (1, C)
+    rank_t = (~(s_t2i < true) & ~own).sum(0)
+    return {f"{way}_r{k}": 100 * (rank < k).sum().item() / len(rank)
+            for way, rank in (("i2t", rank_i), ("t2i", rank_t)) for k in (1, 5, 10)}
 
 
 @torch.no_grad()
-def similarities(loss, v, V, t, T, M, rows=16):
-    """Scores of all pictures with all texts -> (ranking texts for a picture, ranking pictures for a text), both (B,C), rows pictures.
-
-    Late interaction for FILIP (by blocks of rows), text-wise pooling for PACL, cosine of the global embeddings for the others.
-    """
-    if loss == "pacl":
-        s = pacl_similarity(V, t)
-        return s, s
-    if loss != "filip":
-        s = unit(v) @ unit(t).T
-        return s, s
-    blocks = [filip_similarity(V[i:i + rows], T, M) for i in range(0, len(V), rows)]
-    return tuple(torch.cat(x) for x in zip(*blocks))
-
-
-# -------------------------------------------------------------------------------------------------------------------------- metrics
-def retrieval(s_i2t, s_t2i, owner):
-    """s (B,C) similarities; owner (C,): the picture each text belongs to -> R@1, 5, 10 both ways."""
-    own = owner[None] == torch.arange(len(s_i2t), device=owner.device)[:, None]                # (B, C)
-    best = s_i2t.masked_fill(~own, float("-inf")).max(1, keepdim=True).values
-    rank_i = (~(s_i2t < best) & ~own).sum(1)                                                   # strangers not below the best own text, NaN too
-    true = s_t2i.gather(0, owner[None])                                                        # (1, C)
-    rank_t = (~(s_t2i < true) & ~own).sum(0)
-    r = lambda rank, k: 100 * (rank < k).sum().item() / len(rank)
-    return {f"{way}_r{k}": r(rank, k) for way, rank in (("i2t", rank_i), ("t2i", rank_t)) for k in (1, 5, 10)}
-
-
-def classify(loss, model, tok, v, V, classes):
-    """v (B,D), V (B,P,D); classes: a list of prompts for each class -> predictions (B,).
-    CLIP averages the prompts' unit text vectors; FILIP, whose tokens can't be averaged, their similarities (FILIP 3.1.2); PACL too."""
+def classify(objective, v, V, classes):
+    """Zero-shot classes of pictures -> (B,) indices. FILIP 3.1.2, Table 1; SPARC 4.2, Table 1.
+    v (B,D), V (B,P,D); classes: for each class its n prompts, t (n,D), T (n,L,D), M (n,L).
+    CLIP averages the unit vectors of the prompts. FILIP's tokens can't be averaged: where v is
+    not trained (FILIP, PACL), the similarities are."""
     scores = []
-    for texts in classes:
-        t, T, M = encode_texts(model, tok, texts)
-        if loss in ("filip", "pacl"):
-            scores.append(similarities(loss, v, V, t, T, M)[0].mean(1))
-        else:
+    for t, T, M in classes:
+        if objective.trains_v:
             scores.append(unit(v) @ unit(unit(t).mean(0)))
+        else:
+            scores.append(similarities(objective, v, V, t, T, M)[0].mean(1))
     return torch.stack(scores, 1).argmax(1)
 
 
-def an(word):
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+def segment(objective, V, t, T, M):
+    """Class of each patch of one picture -> (P,) indices. SPARC 4.5, Table 4.
+    V (P,D); a text for each class: t (C,D), T (C,L,D), M (C,L). A patch is compared with the
+    whole text, or, by late interaction, with its best word."""
+    if not objective.late:
+        return (unit(V) @ unit(t).T).argmax(1)
+    s = torch.einsum("pd,cld->pcl", unit(V), unit(T))  # (P, C, L)
+    return s.masked_fill(~M, -torch.inf).amax(2).argmax(1)
+
+
+def object_ious(label, masks):
+    """Intersection over union, in pixels, of each object -> (N,). Their mean is miou.
+    label (P,) class of each patch of a square grid; masks (N,H,W) bool: object n is class n."""
+    grid = math.isqrt(len(label))
+    side = masks.shape[-1] // grid  # of a patch, in pixels
+    pixels = label.view(grid, grid).repeat_interleave(side, 0).repeat_interleave(side, 1)  # (H, W)
+    found = pixels == torch.arange(len(masks))[:, None, None]  # (N, H, W)
+    return (found & masks).sum((1, 2)) / (found | masks).sum((1, 2))
 
 
 def patch_coverage(masks, grid):
-    """masks (N,H,W) bool -> (N, P): the share of each patch that each object covers."""
-    m = torch.from_numpy(masks).float()
-    p = m.shape[-1] // grid
-    return m.view(len(m), grid, p, grid, p).mean((2, 4)).flatten(1)
+    """masks (N,H,W) bool -> (N,P): the share of each patch that each object covers."""
+    side = masks.shape[-1] // grid
+    return masks.float().view(-1, grid, side, grid, side).mean((2, 4)).flatten(1)
 
 
-def segment(loss, V, encoded):
-    """V (P,D) of one picture, the class texts as encode_texts gives them -> class of each patch (P,): SPARC 4.5."""
-    t, T, M = encoded
-    if "filip" in loss:
-        s = torch.einsum("pd,cld->pcl", unit(V), unit(T)).masked_fill(~M[None], float("-inf")).amax(2)
-    else:
-        s = unit(V) @ unit(t).T
-    return s.argmax(1)
+def patch_hits(label, cover, least=0.25):
+    """Of the patches on an object, those labelled with its number -> bool, one such patch each.
+    label (P,) object that each patch is said to show; cover (N,P), on: `least` of it or more."""
+    share, thing = cover.max(0)
+    return (label == thing)[share >= least]
 
 
-def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
-    """Every metric on n test scenes -> the dict of metrics.json."""
-    loss, size, grid = args.loss, model.config["image_size"], model.visual.grid
-    test = Scenes(n, seed, size, "test")
-    S = [test[i] for i in tqdm(range(n), "drawing test scenes", disable=not progress, leave=False)]
-    images, captions = [s["image"] for s in S], [s["caption"] for s in S]
-    v, V = encode_images(model, images)
-    t, T, M = encode_texts(model, tok, captions)
-    out = {"retrieval": retrieval(*similarities(loss, v, V, t, T, M), torch.arange(n, device=v.device))}
+def word_hits(best_patch, thing, cover, least=0.25):
+    """Does a word's best patch lie on the object it names? -> (W,) bool, and the chance (W,).
+    best_patch (W,) of each of W words; thing (W,) the object that it names; cover (N,P)."""
+    on = cover[thing] >= least  # (W, P)
+    return on[torch.arange(len(thing)), best_patch], on.float().mean(1)
 
-    one = Scenes(n, seed, size, "test", objects=(1, 1), unique=False)
-    specs = [one.spec(i) for i in range(n)]
-    v1, V1 = encode_images(model, [one.draw(s) for s in specs])
-    things = [s["things"][0] for s in specs]
-    by_shape = [prompts(s, ("a", "a small")) for s in SHAPES]
-    by_colour = [[an(f"{c} thing"), *prompts(f"{c} thing", ("a small",))] for c in COLOURS]
-    shape, colour = (classify(loss, model, tok, v1, V1, classes).tolist() for classes in (by_shape, by_colour))
-    out["classification"] = {"shape": 100 * sum(SHAPES[k] == x.shape for k, x in zip(shape, things)) / n,
-                             "colour": 100 * sum([*COLOURS][k] == x.colour for k, x in zip(colour, things)) / n}
 
-    # segmentation: patches through h_v and the adapter where the tower has h_v (SPARC D.7)
-    Vs = encode_images(model, images, patches_through_h=True)[1] if model.pool == "mean" else V
-    names = [[an(" ".join(w for w in x[:4] if w)) for x in s["things"]] + [f"on {s['background']}"] for s in S]
-    at, enc = 0, encode_texts(model, tok, [x for group in names for x in group])
-    ious, patch_hits, hits, chance, patch_words = [], [], {"colour": [], "shape": []}, [], []
-    similarity = torch.einsum("bld,bpd->blp", T, V)                                            # a word's best patch: SPARC's s
-    cosine = torch.einsum("bld,bpd->blp", unit(T), unit(V)).masked_fill(~M[..., None], float("-inf"))
-    best_patch = (cosine if "filip" in loss else similarity).argmax(2).cpu()
-    best_word = cosine.argmax(1).cpu()                                                         # (B, P): FILIP's m_k
-    for i, s in enumerate(tqdm(S, "alignment", disable=not progress, leave=False)):
-        cover = patch_coverage(s["masks"], grid)                                               # (N, P)
-        k = len(s["things"])
-        label = segment(loss, Vs[i], [x[at:at + k + 1] for x in enc]).cpu()
-        at += k + 1
-        pixels = label.view(grid, grid).repeat_interleave(size // grid, 0).repeat_interleave(size // grid, 1)
-        for c, mask in enumerate(torch.from_numpy(s["masks"])):
-            ious.append((((pixels == c) & mask).sum() / ((pixels == c) | mask).sum()).item())
-        positions = word_tokens(tok, s["words"])
-        for w, pos in zip(s["words"], positions):
-            if w.kind in hits and pos[-1] < T.shape[1]:
-                hits[w.kind].append((cover[w.thing, best_patch[i, pos[-1]]] >= 0.25).item())   # a word of several tokens: its last
-                chance.append((cover[w.thing] >= 0.25).float().mean().item())
-        names_thing = {l: w.thing for w, pos in zip(s["words"], positions) for l in pos if w.thing >= 0}
-        share, thing = cover.max(0)
-        for p in (share >= 0.25).nonzero()[:, 0].tolist():
-            patch_words.append(names_thing.get(best_word[i, p].item(), -1) == thing[p].item())
-            patch_hits.append(label[p].item() == thing[p].item())
-    mean = lambda x: 100 * sum(x) / max(1, len(x))
-    out["segmentation"] = {"miou": mean(ious), "patch_acc": mean(patch_hits)}
-    out["alignment"] = {"colour_word_acc": mean(hits["colour"]), "shape_word_acc": mean(hits["shape"]), "chance": mean(chance),
-                        "patch_word_acc": mean(patch_words)}
-    matched, shuffled = local_losses(args, model, v, V, t, T, M)
-    if matched is not None:
-        out["alignment"] |= {"local": matched, "local_shuffled": shuffled, "local_gap": shuffled - matched}
+def word_patch_products(objective, V, T):
+    """Words and patches of the same pairs -> (B,L,P): cosines for late interaction, else SPARC's
+    products. The largest of a row is the word's best patch. V (B,P,D), T (B,L,D)."""
+    if objective.late:
+        V, T = unit(V), unit(T)
+    return torch.einsum("bld,bpd->blp", T, V)
 
-    pairs = [(i, s["swapped"]) for i, s in enumerate(S) if s["swapped"]]
-    index = torch.tensor([i for i, _ in pairs], device=v.device)
-    own = similarity_of_pairs(loss, v[index], V[index], t[index], T[index], M[index])
-    swapped = similarity_of_pairs(loss, v[index], V[index], *encode_texts(model, tok, [x for _, x in pairs]))
-    out["composition"] = {"swap_acc": 100 * (own > swapped).sum().item() / len(pairs)}
-    return out
+
+def best_words(V, T, M):
+    """Position of each patch's best word by cosine -> (B,P). FILIP 4.5, m_k of its eq. 4.
+    V (B,P,D), T (B,L,D) and M (B,L) of the same pairs."""
+    cosine = torch.einsum("bld,bpd->blp", unit(T), unit(V))
+    return cosine.masked_fill(~M[..., None], -torch.inf).argmax(1)
 
 
 @torch.no_grad()
-def local_losses(args, model, v, V, t, T, M, batch=250):
-    """Mean local loss (SPARC, MGCA) of matched pairs and of pairs whose pictures are shuffled, or (None, None) for an objective without one."""
-    if args.loss not in WITHIN_PAIR:
-        return None, None
-    sums = torch.zeros(2)
+def local_gap(objective, head, options, scale, v, V, t, T, M, batch=250):
+    """Mean local loss of the right pairs, of pairs with shuffled pictures, the difference; in nats.
+    v (B,D), V (B,P,D), t (B,D), T (B,L,D), M (B,L). A local loss compares the words of a text with
+    its own picture, so it can fall while it ignores the picture. Then the first two are equal."""
+    sums = [0.0, 0.0]
     for i in range(0, len(v), batch):
-        for k, shift in enumerate((0, 1)):
-            j = slice(i, i + batch)
-            f = {"v": v[j], "V": V[j].roll(shift, 0), "t": t[j], "T": T[j], "M": M[j], "scale": model.logit_scale.exp()}
-            sums[k] += OBJECTIVES[args.loss](f, args, args.head)[WITHIN_PAIR[args.loss]].item() * len(v[j])
-    return (sums / len(v)).tolist()
+        f = {k: x[i:i + batch] for k, x in zip("vVtTM", (v, V, t, T, M))}
+        for shift in (0, 1):  # 1: each text meets the patches of another picture
+            pairs = f | {"V": f["V"].roll(shift, 0), "scale": scale}
+            loss = objective.loss(pairs, head, **options)[objective.local]
+            sums[shift] += loss.item() * len(f["v"])
+    matched, shuffled = sums[0] / len(v), sums[1] / len(v)
+    return {"local": matched, "local_shuffled": shuffled, "local_gap": shuffled - matched}
 
 
-def similarity_of_pairs(loss, v, V, t, T, M):
-    """Score of each picture with the text of the same row -> (B,)."""
-    if loss not in ("filip", "pacl"):
-        return (unit(v) * unit(t)).sum(-1)
-    return torch.cat([similarities(loss, v[i:i + 1], V[i:i + 1], t[i:i + 1], T[i:i + 1], M[i:i + 1])[0][0] for i in range(len(V))])
+@torch.no_grad()
+def swap_accuracy(objective, v, V, own, swapped):
+    """Per cent of pictures whose own caption scores above the one with colours exchanged.
+    v (B,D), V (B,P,D); own, swapped: t (B,D), T (B,L,D), M (B,L). A tie is a failure."""
+    def scores(texts):
+        rows = zip(*(x.split(1) for x in (v, V, *texts)))
+        return torch.cat([objective.score(*row)[0][0] for row in rows])  # (B,)
+    return 100 * (scores(own) > scores(swapped)).sum().item() / len(v)
+
+
+# ----------------------------------------------------------------------- the metrics on scenes
+def percent(hits):
+    return 100 * sum(hits) / max(1, len(hits))
+
+
+def article(words):
+    return "an" if words[0] in "aeiou" else "a"
+
+
+def scene_classes(objective, model, tok, n, seed):
+    """Zero-shot shape and colour of n scenes of one object."""
+    scenes = Scenes(n, seed, model.config["image_size"], "test", objects=(1, 1), unique=False)
+    specs = [scenes.spec(i) for i in range(n)]
+    v, V = encode_images(model, [scenes.draw(spec) for spec in specs])
+    prompts = {"shape": {x: sparc_prompts(x, ("a", "a small")) for x in SHAPES},
+               "colour": {x: sparc_prompts(f"{x} thing", (article(x), "a small")) for x in COLOURS}}
+    out = {}
+    for kind, texts in prompts.items():
+        encoded = [encode_texts(model, tok, x) for x in texts.values()]
+        names, found = list(texts), classify(objective, v, V, encoded).tolist()
+        out[kind] = percent([getattr(spec["things"][0], kind) == names[k]
+                             for spec, k in zip(specs, found)])
+    return out
+
+
+def scene_segmentation(objective, model, tok, scenes, V):
+    """miou and patch_acc; V (B,P,D) are the patches of training.
+    SPARC D.7 sends them through h_v and the adapter. A loss that does not use v leaves h_v as it
+    was initialised, unless patches pass through it in training."""
+    if model.pool == "mean" and (objective.trains_v or model.patches_through_h):
+        V = encode_images(model, [s["image"] for s in scenes], patches_through_h=True)[1]
+    texts = []
+    for s in scenes:
+        phrases = [" ".join(word for word in thing[:4] if word) for thing in s["things"]]
+        texts.append([f"{article(x)} {x}" for x in phrases] + [f"on {s['background']}"])
+    encoded = encode_texts(model, tok, [x for group in texts for x in group])
+    by_scene = zip(*(x.split([len(group) for group in texts]) for x in encoded))
+    ious, hits = [], []
+    for s, patches, (t, T, M) in zip(scenes, V, by_scene):
+        label, masks = segment(objective, patches, t, T, M).cpu(), torch.from_numpy(s["masks"])
+        ious += object_ious(label, masks).tolist()
+        hits += patch_hits(label, patch_coverage(masks, model.visual.grid)).tolist()
+    return {"miou": percent(ious), "patch_acc": percent(hits)}
+
+
+def scene_alignment(objective, tok, scenes, grid, V, T, M):
+    """colour_word_acc, shape_word_acc, chance, patch_word_acc; V (B,P,D), T (B,L,D), M (B,L)."""
+    best_patch = word_patch_products(objective, V, T).argmax(2).cpu()  # (B, L)
+    best_word = best_words(V, T, M).cpu()  # (B, P)
+    words, chance, patches = {"colour": [], "shape": []}, [], []
+    for i, s in enumerate(scenes):
+        cover = patch_coverage(torch.from_numpy(s["masks"]), grid)  # (N, P)
+        names = torch.full((T.shape[1],), -1)  # the object that each position names
+        for word, at in zip(s["words"], word_tokens(tok, s["words"])):
+            if at[-1] >= T.shape[1]:  # the text was cut before it
+                continue
+            names[at] = word.thing
+            if word.kind in words:  # a word of several tokens: its last one
+                hit, luck = word_hits(best_patch[i, at[-1:]], torch.tensor([word.thing]), cover)
+                words[word.kind] += hit.tolist()
+                chance += luck.tolist()
+        patches += patch_hits(names[best_word[i]], cover).tolist()
+    return {"colour_word_acc": percent(words["colour"]), "shape_word_acc": percent(words["shape"]),
+            "chance": percent(chance), "patch_word_acc": percent(patches)}
+
+
+def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
+    """Every metric on n test scenes -> the dict of metrics.json. args: of load_run."""
+    objective, size = OBJECTIVES[args.loss], model.config["image_size"]
+    test = Scenes(n, seed, size, "test")
+    bar = tqdm(range(n), "drawing test scenes", disable=not progress, leave=False)
+    scenes = [test[i] for i in bar]
+    v, V = encode_images(model, [s["image"] for s in scenes])
+    t, T, M = encode_texts(model, tok, [s["caption"] for s in scenes])
+    s_i2t, s_t2i = similarities(objective, v, V, t, T, M)
+    i = torch.tensor([i for i, s in enumerate(scenes) if s["swapped"]], device=v.device)
+    swapped = encode_texts(model, tok, [s["swapped"] for s in scenes if s["swapped"]])
+    swaps = swap_accuracy(objective, v[i], V[i], (t[i], T[i], M[i]), swapped)
+    out = {"retrieval": retrieval(s_i2t, s_t2i, torch.arange(n, device=v.device)),
+           "classification": scene_classes(objective, model, tok, n, seed),
+           "segmentation": scene_segmentation(objective, model, tok, scenes, V),
+           "alignment": scene_alignment(objective, tok, scenes, model.visual.grid, V, T, M),
+           "composition": {"swap_acc": swaps}}
+    if objective.local:
+        options, scale = loss_options(args), model.logit_scale.exp()
+        out["alignment"] |= local_gap(objective, args.head, options, scale, v, V, t, T, M)
+    return out
 
 
 def on_pairs(model, tok, args, path, progress=True):
     """Retrieval on a CSV: every picture, every caption."""
-    data = open_dataset(path)
-    vs, Vs, size = [], [], model.config["image_size"]
+    data, size = open_dataset(path), model.config["image_size"]
+    features = []
     for i in tqdm(range(0, len(data), 100), "pictures", disable=not progress, leave=False):
-        v, V = encode_images(model, [center_crop(data.open(k), size) for k in range(i, min(i + 100, len(data)))])
-        vs.append(v); Vs.append(V)
-    t, T, M = encode_texts(model, tok, data.texts())
-    owner = torch.tensor([i for i, c in enumerate(data.captions) for _ in c], device=t.device)
-    return {"retrieval": retrieval(*similarities(args.loss, torch.cat(vs), torch.cat(Vs), t, T, M), owner)}
+        numbers = range(i, min(i + 100, len(data)))
+        features.append(encode_images(model, [center_crop(data.open(k), size) for k in numbers]))
+    v, V = map(torch.cat, zip(*features))
+    owner = [i for i, captions in enumerate(data.captions) for _ in captions]
+    texts = encode_texts(model, tok, data.texts())
+    s_i2t, s_t2i = similarities(OBJECTIVES[args.loss], v, V, *texts)
+    return {"retrieval": retrieval(s_i2t, s_t2i, torch.tensor(owner, device=v.device))}
 
 
 def evaluate(folder, data=None, n=1000, device="cpu", progress=True):
-    """Evaluate a run folder and write its metrics.json -> the metrics."""
+    """Evaluate a run folder and write its metrics.json -> the metrics.
+    data: "scenes" or a CSV; None: what the run was trained for. n: the number of scenes."""
     model, tok, args = load_run(folder, device)
     data = data or (args.data if args.data == "scenes" else args.val)
-    if not data:
-        raise UserError(f"{folder} was trained on {args.data}: name the pictures to evaluate on with --data FILE.csv")
-    if data == "scenes" and args.data != "scenes":
-        raise UserError(f"{folder} was trained on {args.data}, not on scenes: give --data FILE.csv")
-    metrics = on_scenes(model, tok, args, n, progress=progress) if data == "scenes" else on_pairs(model, tok, args, data, progress)
+    if not data or (data == "scenes" and args.data != "scenes"):
+        raise UserError(f"{folder} was trained on {args.data}: name the pictures to evaluate on "
+                        f"with --data FILE.csv")
+    if data == "scenes":
+        metrics = on_scenes(model, tok, args, n, progress=progress)
+    else:
+        metrics = on_pairs(model, tok, args, data, progress)
     metrics["cost"] = args.cost
     metrics["about"] = {"loss": args.loss, "model": args.model, "data": data, "step": args.step}
-    write(os.path.join(folder, "metrics.json"), lambda tmp: pathlib.Path(tmp).write_text(json.dumps(metrics, indent=1)))
+
+    def save(path):
+        pathlib.Path(path).write_text(json.dumps(metrics, indent=1))
+    write(os.path.join(folder, "metrics.json"), save)
     return metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------- what it costs
-TABLE_12 = {"clip": (1.15, 2.29, 4.57, 9.14), "pacl": (1.2, 2.46, 5.24, 12.8), "gloria": (3.34, 13.21), "mgca": (1.16, 2.31, 4.62, 9.23),
-            "filip": (1.37, 3.17, 8.09, 27.25), "sparc": (1.15, 2.3, 4.6, 9.19)}               # SPARC's, TFLOP of an update on one of 256 devices
+def table(runs):
+    """{name: metrics} -> a Markdown table, one row a metric, one column a run."""
+    rows = {}  # in order of appearance
+    for metrics in runs.values():
+        for group in metrics:
+            if group != "about":
+                rows |= {f"{group} {key}": (group, key) for key in metrics[group]}
+    first, widths = max(map(len, rows)), [max(8, len(name)) for name in runs]
+
+    def line(head, cells):
+        cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths)]
+        return f"| {head:{first}} | {' | '.join(cells)} |"
+    rule = "|".join("-" * (width + 1) + ":" for width in widths)
+    lines = [line("", runs), f"|{'-' * (first + 2)}|{rule}|"]
+    for head, (group, key) in rows.items():
+        digits = {"cost": 0}.get(group, 1) + key.startswith("local")  # losses: two
+        values = [metrics.get(group, {}).get(key) for metrics in runs.values()]
+        lines.append(line(head, ["" if x is None else f"{x:.{digits}f}" for x in values]))
+    return "\n".join(lines)
 
 
-TABLE_12_MB = {"clip": (4394, 4452, 5889, 8578), "pacl": (4682, 6267, 9786, 14785), "gloria": (8013, 13840), "filip": (4394, 5230, 8657, 15463)}   # its peaks
-TABLE_5 = {(512, 4, 1.0): (2.85, 26000), (512, 2, 1.0): (2.67, 23468), (256, 2, 1.0): (2.31, 22382), (256, 2, 0.5): (1.61, 16336),
-           (256, 2, 0.25): (1.39, 16100), "clip": (1.31, 14300)}   # FILIP's: D, bytes a number, share of tokens -> seconds a step, MB
-
-
-def late_flops(pairs, P, L, D, keep):
-    """Of FILIP's products, forward and backward, both directions: all tokens of one side, the selected of the other."""
-    return 6 * pairs * D * (P * int(keep * L) + int(keep * P) * L)
-
-
+# ------------------------------------------------ what a step costs: SPARC's Table 12 (SPARC D.6)
 def tower_flops(n, width, layers=12):
     """Multiplications and additions of a transformer's matmuls on n tokens, forward."""
     return layers * (24 * n * width ** 2 + 4 * n ** 2 * width)
 
 
+def late_flops(pairs, P, L, D):
+    """Of the products of P patches with L words of so many pairs, forward and backward."""
+    return 6 * pairs * P * L * D
+
+
+def choice_flops(b, P, L, D):
+    """Of choosing tokens in a device's b x b pairs: patches, then words, with all; forward only."""
+    return 4 * b ** 2 * P * L * D
+
+
+BATCHES = 2048, 4096, 8192, 16384
+# TFLOP of an update on one of 256 devices, for these batches; then the most memory held, in MB
+TABLE_12 = {"clip": (1.15, 2.29, 4.57, 9.14), "pacl": (1.2, 2.46, 5.24, 12.8),
+            "gloria": (3.34, 13.21), "mgca": (1.16, 2.31, 4.62, 9.23),
+            "filip": (1.37, 3.17, 8.09, 27.25), "sparc": (1.15, 2.3, 4.6, 9.19)}
+TABLE_12_MB = {"clip": (4394, 4452, 5889, 8578), "pacl": (4682, 6267, 9786, 14785),
+               "gloria": (8013, 13840), "filip": (4394, 5230, 8657, 15463)}
+
+
 def flops(loss, batch, devices=256, P=196, L=55, D=512, width=768, keep=0.2):
-    """Of the matmuls of one training step on one device that holds batch / devices pairs and meets the whole batch; forward + backward is three
-    times the forward, and both directions are computed. SPARC D.6: ViT-B/16 and its text tower of 12 x 768."""
+    """Of the matmuls of one step on one device of Table 12, which holds batch / devices pairs.
+    They meet the whole batch, in both directions. A matmul and its backward are 3 x the forward.
+    Towers: ViT-B/16 and a text transformer of 12 x 768."""
     b = batch / devices
-    q = b * batch                                                  # pairs of a picture and a text that one device compares
-    towers = 3 * b * (tower_flops(P, width) + 2 * P * 3 * 16 ** 2 * width + tower_flops(L, width))
-    if loss == "clip":
-        return towers + 12 * q * D
-    adapters = 6 * b * (P + L) * width * D                         # on every token, not on one vector a side
-    embedder = b * (6 * P * (2 * width * D + D ** 2) + 6 * L * width * D)
-    local = {"pacl": 24 * q * P * D + 12 * q * D + embedder - adapters,
-             "gloria": 24 * q * P * L * D,
-             "mgca": b * 3 * (2 * (2 * P + 2 * L + P + L) * 128 * D + 8 * 128 * L * P + 4 * (L ** 2 + P ** 2) * D + 4 * 500 * D),
-             "filip": late_flops(q, P, L, D, keep) + 4 * b ** 2 * P * L * D,                   # the second: choosing the tokens to send
-             "sparc": b * 3 * (4 * P * L * D + 4 * L ** 2 * D)}
-    return towers + 12 * q * D + adapters + local[loss]
+    q = b * batch  # pairs of a picture and a text that one device compares
+    kI, kT = int(keep * P), int(keep * L)
+    adapters = 6 * b * (P + L) * width * D  # on every token, not on one vector a side
+    embedder = b * (6 * P * (2 * width * D + D ** 2) + 6 * L * width * D)  # PACL's in their place
+    attention = 2 * (2 * P + 2 * L + P + L) * 128 * D + 8 * 128 * L * P  # MGCA's, 128 wide
+    compared = 4 * (L ** 2 + P ** 2) * D + 4 * 500 * D  # its tokens, and 500 prototypes
+    # FILIP as SPARC runs it: a product meets the chosen tokens of one side alone
+    late = late_flops(q, P, kT, D) + late_flops(q, kI, L, D) + choice_flops(b, P, L, D)
+    added = {"clip": 0, "pacl": 24 * q * P * D + 12 * q * D + embedder,
+             "gloria": 24 * q * P * L * D + adapters, "filip": late + adapters,
+             "mgca": 3 * b * (attention + compared) + adapters,
+             "sparc": 3 * b * (4 * P * L * D + 4 * L ** 2 * D) + adapters}
+    towers = tower_flops(P, width) + 2 * P * 3 * 16 ** 2 * width + tower_flops(L, width)
+    return 3 * b * towers + 12 * q * D + added[loss]
 
 
 def extra_memory(loss, batch, devices=256, P=196, L=55, D=512, keep=0.2):
-    """Bytes that the step of flops() holds beyond CLIP's, all similarities at once in two bytes a number: what all processes' tokens take,
-    with a gradient buffer of that size for PACL and GLoRIA, and the tensors in which pairs are compared."""
-    q, kT, kI = batch ** 2 / devices, int(keep * L), int(keep * P)
-    return {"pacl": 4 * batch * P * D + 4 * q * (P + D), "gloria": 4 * batch * P * D + 4 * q * (2 * P * L + L * D),
-            "filip": 2 * batch * (kT + kI) * D + 2 * q * (P * kT + kI * L)}[loss]
+    """Bytes that the step of flops() holds beyond CLIP's, two bytes a number: all processes' tokens
+    (PACL, GLoRIA: and their gradient), and the tensors that compare pairs."""
+    q, kI, kT = batch ** 2 / devices, int(keep * P), int(keep * L)
+    return {"pacl": 4 * batch * P * D + 4 * q * (P + D),
+            "gloria": 4 * batch * P * D + 4 * q * (2 * P * L + L * D),
+            "filip": 2 * batch * (kI + kT) * D + 2 * q * (P * kT + kI * L)}[loss]
+
+
+def cost_row(name, published, modelled, digits):
+    cells = [f"{name:16}"]
+    for paper, model in zip(published, modelled):
+        ratio = f"{model / paper:.3f}" if paper else "-"
+        cells.append(f"{paper:10,.{digits}f}{model:8,.{digits}f}{ratio:>7}")
+    return "".join(cells)
 
 
 def cost_table():
-    """SPARC's Table 12 beside the model, as text. CLIP's published row counts more than matmuls, so the other rows are it + what they add.
-
-    "20% token dropping" fits only if 20% are kept, and on one side of each product. Three cells cost a quarter to two fifths more than the
-    model: those that would not fit in 16 GB, where the compiler computes values of the forward pass twice. The memory of B = 2,048 is hidden
-    below that of the optimiser's step; the model has nothing to say there."""
-    batches = (2048, 4096, 8192, 16384)
-    lines = [f"{'TFLOP a step and device':24}" + "".join(f"{f'B = {B:,}':>24}" for B in batches),
-             f"{'':24}" + f"{'paper   model  ratio':>24}" * 4]
-    for loss, published in TABLE_12.items():
-        cells = []
-        for B, paper, clip in zip(batches, published, TABLE_12["clip"]):
-            model = flops("clip", B) / 1e12 if loss == "clip" else clip + (flops(loss, B) - flops("clip", B)) / 1e12
-            cells.append(f"{paper:11.2f} {model:7.2f} {model / paper:5.3f}")
-        lines.append(f"{loss:24}" + "".join(f"{c:>24}" for c in cells))
+    """SPARC's Table 12 beside the model, as text. CLIP's published row counts more than matmuls;
+    the other rows are it plus what they add. "20% token dropping" fits only if 20% are kept, and on
+    one side of each product. Three cells cost more than the model: they fit in 16 GB only if a part
+    of the forward pass is computed twice. At B = 2,048 the optimiser's step hides the memory."""
+    clip, clip_mb = TABLE_12["clip"], TABLE_12_MB["clip"]
+    lines = [f"{'TFLOP a step':16}" + "".join(f"{f'B = {B:,}':>25}" for B in BATCHES),
+             " " * 16 + f"{'paper   model  ratio':>25}" * len(BATCHES),
+             cost_row("clip", clip, [flops("clip", B) / 1e12 for B in BATCHES], 2)]
+    for loss in ("pacl", "gloria", "mgca", "filip", "sparc"):
+        model = [x + (flops(loss, B) - flops("clip", B)) / 1e12 for x, B in zip(clip, BATCHES)]
+        lines.append(cost_row(loss, TABLE_12[loss], model, 2))
     lines += ["", "MB more than CLIP"]
     for loss in ("pacl", "gloria", "filip"):
-        cells = []
-        for B, paper, clip in zip(batches, TABLE_12_MB[loss], TABLE_12_MB["clip"]):
-            model = extra_memory(loss, B) / 1e6
-            cells.append(f"{paper - clip:11,} {model:7,.0f} " + (f"{model / (paper - clip):5.2f}" if paper > clip else "    -"))
-        lines.append(f"{loss:24}" + "".join(f"{c:>24}" for c in cells))
+        paper = [mb - other for mb, other in zip(TABLE_12_MB[loss], clip_mb)]
+        lines.append(cost_row(loss, paper, [extra_memory(loss, B) / 1e6 for B in BATCHES], 0))
     return "\n".join(lines)
+
+
+# --------------------------------------------------------- what a step costs: FILIP's Table 5
+# dimensions, bytes a number, share of the tokens -> seconds a step, MB. The full cost is FULL's
+TABLE_5 = {(512, 4, 1.0): (2.85, 26000), (512, 2, 1.0): (2.67, 23468), (256, 2, 1.0): (2.31, 22382),
+           (256, 2, 0.5): (1.61, 16336), (256, 2, 0.25): (1.39, 16100)}
+TABLE_5_CLIP, FULL = (1.31, 14300), (256, 2, 1.0)
+
+
+def filip_flops(D, keep, b=512, devices=8, P=49, L=77):
+    """What FILIP adds to CLIP's step on one device of Table 5, which holds b pairs. FILIP 3.1.1.
+    Both sides of eqs. 4 and 5 are reduced, to floor(keep x tokens), and so the cost is quadratic in
+    keep. Choosing them costs a fixed share: a device's own b x b pairs, in full, forward alone."""
+    choice = choice_flops(b, P, L, D) if keep < 1 else 0
+    return 2 * late_flops(b * b * devices, int(keep * P), int(keep * L), D) + choice
 
 
 def filip_table(b=512, devices=8, P=49, L=77):
-    """FILIP's Table 5, ViT-B/32 with b pairs on each of its devices, beside what should drive it, as text: what the loss adds to the
-    time of CLIP's step, and its arithmetic, both as a share of the first row's; what a GPU receives from the others' tokens and the memory
-    of all similarities at once. The paper's 12 GB over CLIP can't hold the first row's 31 GB a direction: it too must have worked in parts."""
-    (seconds0, mb0), rows = TABLE_5["clip"], {k: x for k, x in TABLE_5.items() if k != "clip"}
-    first = next(iter(rows))
-    added = lambda D, keep: late_flops(b * b * devices, P, L, D, keep)
-    lines = [f"{'D  bytes  tokens':24}{'time':>12}{'arithmetic':>12}{'TFLOP':>10}{'MB received':>13}{'MB of all at once':>19}{'MB over CLIP':>14}",
-             f"{'':24}{'paper':>12}{'model':>12}{'model':>10}{'model':>13}{'model':>19}{'paper':>14}"]
-    for (D, size, keep), (seconds, mb) in rows.items():
+    """FILIP's Table 5 (ViT-B/32) beside the model, as text: time over CLIP's and operations, each
+    as a share of the full cost *. Then what a device receives, and all similarities at once. The
+    paper's 12 GB over CLIP can't hold the first row's 60 GB: it must have worked in parts."""
+    (seconds0, mb0), whole = TABLE_5_CLIP, filip_flops(256, 1.0)
+    lines = [f"{'share of the full cost *':24}{'paper':>7}{'model':>7}{'ratio':>7}{'TFLOP':>8}"
+             f"{'MB received':>13}{'MB all at once':>16}{'MB over CLIP (paper)':>22}"]
+    for (D, size, keep), (seconds, mb) in TABLE_5.items():
         kI, kT = int(keep * P), int(keep * L)
-        lines.append(f"{f'{D:3} {size:4} {keep:9.0%}':24}{(seconds - seconds0) / (rows[first][0] - seconds0):12.2f}{added(D, keep) / added(first[0], first[2]):12.2f}"
-                     f"{added(D, keep) / 1e12:10.1f}{b * (devices - 1) * (kI + kT) * D * size / 2 ** 20:13,.0f}"
-                     f"{b * b * devices * (P * kT + kI * L) * size / 2 ** 20:19,.0f}{mb - mb0:14,}")
-    return "\n".join(lines)
-
-
-def counted(forward):
-    """FLOPs of the matmuls that forward() and its backward really run, by torch's counter."""
-    with FlopCounterMode(display=False) as counter:
-        sum(x.float().sum() for x in forward()).backward()
-    return counter.get_total_flops()
-
-
-def cost_check(P=196, L=55, D=512, B=16, keep=0.2):
-    """The model of flops() against counted operations: one pair through the towers; the losses of one pair that meets B others -> text.
-    SPARC's counts 11% less, as one matrix serves both directions. PACL and GLoRIA are left out: their closed forms here are other matmuls."""
-    model, mask = models.build("SPARC-ViT-B/16"), torch.ones(1, L, dtype=torch.bool)
-    pair = torch.zeros(1, 3, 224, 224), torch.zeros(1, L, dtype=torch.long), mask
-    towers = counted(lambda: operator.itemgetter("v", "t")(model(*pair)))
-    random = lambda n, k: torch.randn(n, k, D, requires_grad=True)
-    V, T, kI, kT = random(1, P), random(1, L), int(keep * P), int(keep * L)
-    filip = counted(lambda: (filip_similarity(V, random(B, kT), mask[:, :kT].expand(B, -1))[0], filip_similarity(random(B, kI), T, mask)[1]))
-    sparc = counted(lambda: [sparc_loss(V[:, 0], T[:, 0], V, T, mask, 1.0)["local"]])
-    modelled = {"towers": (towers, 3 * (tower_flops(P, 768) + 2 * P * 768 ** 2 + tower_flops(L, 768))),
-                "filip": (filip, late_flops(B, P, L, D, keep)), "sparc": (sparc, 3 * (4 * P * L * D + 4 * L ** 2 * D))}
-    return "\n".join(f"{k:24}{n / 1e9:11.2f} {m / 1e9:7.2f} {n / m:5.3f}" for k, (n, m) in modelled.items())
-
-
-def table(runs):
-    """{name: metrics} -> a Markdown table, one row a metric, one column a run."""
-    rows = list(dict.fromkeys((g, k) for m in runs.values() for g in m if g != "about" for k in m[g]))
-    width = max(len(f"{g} {k}") for g, k in rows)
-    lines = [f"| {'':{width}} | " + " | ".join(f"{n:>8}" for n in runs) + " |", f"|{'-' * (width + 2)}|" + "|".join("-" * (max(8, len(n)) + 1) + ":" for n in runs) + "|"]
-    for g, k in rows:
-        cells = [f"{m[g][k]:.{2 if 'local' in k else 0 if g == 'cost' else 1}f}" if k in m.get(g, {}) else "" for m in runs.values()]
-        lines.append(f"| {g + ' ' + k:{width}} | " + " | ".join(f"{c:>{max(8, len(n))}}" for c, n in zip(cells, runs)) + " |")
+        paper = (seconds - seconds0) / (TABLE_5[FULL][0] - seconds0)
+        cost = filip_flops(D, keep, b, devices, P, L)
+        received = b * (devices - 1) * (kI + kT) * D * size / 2 ** 20
+        at_once = 2 * b * b * devices * kI * kT * size / 2 ** 20
+        head = f"{D} x {size} bytes {keep:5.0%}" + " *" * ((D, size, keep) == FULL)
+        lines.append(f"{head:24}{paper:7.2f}{cost / whole:7.2f}{cost / whole / paper:7.2f}"
+                     f"{cost / 1e12:8.1f}{received:13,.0f}{at_once:16,.0f}{mb - mb0:22,}")
     return "\n".join(lines)
 
 
 def main():
-    ap = argparse.ArgumentParser(description="Evaluate runs: prints a table (one column a run) and writes metrics.json in each run folder.")
-    ap.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py, such as runs/sparc; or the word cost: SPARC's Table 12, FILIP's Table 5")
-    ap.add_argument("--data", help="scenes, or a CSV with the columns image,caption (default: what the run was trained for)")
+    ap = argparse.ArgumentParser(description="Evaluate runs: print a table, one column a run, and "
+                                             "write metrics.json in each run folder.")
+    ap.add_argument("runs", nargs="+", metavar="RUN",
+                    help="run folders, such as runs/sparc; or the word cost, for the papers' costs")
+    ap.add_argument("--data", help="scenes, or a CSV (default: what the run was trained for)")
     ap.add_argument("--n", type=int, default=1000, help="number of test scenes")
-    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ap.add_argument("--device", default=device, help="where to compute")
     args = ap.parse_args()
     if args.runs == ["cost"]:
-        print(cost_table())
-        print(f"\n{filip_table()}")
-        print(f"\n{'GFLOP':24}{'counted   model  ratio':>24}\n{cost_check()}")
+        print(cost_table(), filip_table(), sep="\n\n")
         return
     if args.n < 10:
         raise UserError(f"--n {args.n}: at least 10 scenes are needed")
-    names = [os.path.basename(os.path.normpath(r)) for r in args.runs]
+    names = [os.path.basename(os.path.normpath(run)) for run in args.runs]
     names = names if len(set(names)) == len(names) else args.runs
-    print(table({name: evaluate(r, args.data, args.n, args.device) for name, r in zip(names, args.runs)}))
+    print(table({name: evaluate(run, args.data, args.n, args.device)
+                 for name, run in zip(names, args.runs)}))
 
 
 if __name__ == "__main__":

@@ -1,141 +1,202 @@
-"""Model: the image towers (ViT, ResNet), the text tower, and the two ways of pooling them that the papers use; OpenAI's weights.
+"""Model: the image towers (ViT and ResNet), the text tower, and OpenAI CLIP's weights.
 
-    python model.py                       # every model's name, sizes and number of parameters
-    python model.py --model ViT-B/32      # the parameters of one, with their names and shapes
+    python model.py                      # every model: its name, sizes and number of parameters
+    python model.py --model ViT-B/32     # one model: the names and shapes of its parameters
 
-Covers: FILIP 3.1 and Table 7, PyramidCLIP 3.3 and A.2, SPARC 2, D.1 and D.3, and the CLIP towers all start from. Parameter names are
-OpenAI CLIP's: load_openai(path) reads its weights, and torch.save(model.state_dict(), path) writes weights that its code can read.
+Papers: FILIP 3.1 and Table 7; PyramidCLIP 3.1, 3.3, A.2 and Figure 6; SPARC 2, D.1, D.3 and D.7.
+Parameter names are OpenAI CLIP's: load_openai(path) reads its weights, and its code reads ours.
+    encode_image(images (B, 3, H, W))           -> v (B, D) pictures,  V (B, P, D) their patches
+    encode_text(ids (C, L), mask (C, L))        -> t (C, D) texts,     T (C, L, D) their tokens
+    encode_regions(R (B, N, 2052), mask (B, N)) -> v_r (B, D) pictures as a detector sees them
+Nothing is normalised here: the losses do that, in fp32.
+B images, C texts, P patches, L positions of a text, M the mask of texts, D dimension of the shared
+space, w width of a tower, R regions. In what both towers share: B sequences of N positions.
 
-    encode_image(images (B,3,H,W))        -> v (B,D) the picture, V (B,P,D) its patches
-    encode_text(ids (B,L), mask (B,L))    -> t (B,D) the text,    T (B,L,D) its tokens, 0 where there is padding
-    encode_regions(R (B,M,2052), mask)    -> v_r (B,D) the picture as a detector sees it, PyramidCLIP's f2(phi(R))
-Nothing is normalised: the losses do that, in fp32.
+pool="cls" (CLIP, FILIP, PyramidCLIP): a [CLS] token in front of the patches is the picture, and the
+    feature at EOT is the text. The text tower is causal.
+pool="mean" (SPARC): no [CLS]. v = g_v(h_v(mean of f_v)), t = g_t(mean of f_t over real tokens).
+    Each token of a text sees all others.
 
-pool="cls" (CLIP, FILIP): a [CLS] token in front of the patches is the picture, the text's EOT its feature; causal text tower.
-pool="mean" (SPARC): no [CLS]; v = g_v(h_v(mean of f_v)), t = g_t(mean of f_t over real tokens); text attention sees both ways.
-
-Differs from the papers: SPARC does not say whether its text tower is causal or what h_v's nonlinearity is: here both ways (a mean
-over tokens wants it; causal=True gives the other) and GELU. PyramidCLIP's region path starts with the picture's own class token (ViT) or
-the regions' mean (ResNet), as its released model does, where the text says a random one; regions that are padding are masked; BatchNorm
-sees both crops of a batch at once. `tiny` is ours: two layers of SPARC's towers, for CPUs and the built-in scenes.
+What differs from the papers:
+SPARC. h_v is "a single non-linear layer": here linear and GELU. The paper does not say whether its
+    text tower is causal: here it is not (causal=True makes it so). The pseudo-code (Appendix C)
+    averages adapted patches without h_v, and all text positions, padding too. The body text has h_v
+    and averages the real tokens: we follow it. To the "standard" ViT we add two parts of CLIP's:
+    ln_pre, a normalisation before the blocks, and a patch embedding that has no bias.
+PyramidCLIP. Not in the paper but in its released model: LeFF's BatchNorm and activation after each
+    of its three layers, and the norm on regions (ln_pre in a ViT, LayerNorm in a ResNet). The class
+    token before the regions is random in the paper. As in that model, ours is the picture's own
+    (ViT) or the regions' mean (ResNet). We mask padding among the regions, and both crops of a
+    batch go through BatchNorm at once.
+PACL, which SPARC compares with: e_v is written from others' descriptions, not from PACL's paper.
+`tiny` is ours: two layers of SPARC's towers, for CPUs and the built-in scenes.
 """
 import argparse
-import collections
+import math
 import pickle
-import warnings
 import zipfile
+from collections import OrderedDict
+from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from data import UserError
-
-# image_size, patch, vision width / layers / heads, embed_dim, vocabulary, context, text width / layers / heads, pooling
-# layers of a ResNet: blocks in each stage; its patch is its total stride
-_FIELDS = ("image_size", "patch_size", "vision_width", "vision_layers", "vision_heads", "embed_dim",
-           "vocab_size", "context_length", "text_width", "text_layers", "text_heads", "pool")
-CONFIGS = {name: dict(zip(_FIELDS, row)) for name, row in {
-    "tiny":           (56, 8, 128, 2, 2, 128, 618, 32, 128, 2, 2, "mean"),
-    "RN50":           (224, 32, 64, (3, 4, 6, 3), 32, 1024, 49408, 77, 512, 12, 8, "cls"),
-    "ViT-B/32":       (224, 32, 768, 12, 12, 512, 49408, 77, 512, 12, 8, "cls"),
-    "ViT-B/16":       (224, 16, 768, 12, 12, 512, 49408, 77, 512, 12, 8, "cls"),
-    "ViT-L/14":       (224, 14, 1024, 24, 16, 768, 49408, 77, 768, 12, 12, "cls"),
-    "FILIP-base":     (224, 32, 768, 12, 12, 256, 49408, 77, 512, 12, 8, "cls"),
-    "FILIP-large":    (224, 14, 1024, 24, 16, 256, 49408, 77, 768, 12, 12, "cls"),
-    "SPARC-ViT-B/32": (224, 32, 768, 12, 12, 512, 32000, 55, 768, 12, 12, "mean"),
-    "SPARC-ViT-B/16": (224, 16, 768, 12, 12, 512, 32000, 55, 768, 12, 12, "mean"),
-    "SPARC-ViT-L/14": (224, 14, 1024, 24, 16, 512, 32000, 55, 768, 12, 12, "mean"),
-}.items()}
-PYRAMID = {"regions": 2052}                                         # PyramidCLIP adds phi, and LeFF in the first 9 of a ViT's 12 blocks
-CONFIGS |= {f"PyramidCLIP-{name}": CONFIGS[name] | PYRAMID | ({} if name == "RN50" else {"leff": 9}) for name in ("RN50", "ViT-B/32", "ViT-B/16")}
-LOG_SCALE_INIT, LOG_SCALE_MAX = 2.6592600369327783, 4.605170185988092               # ln(1 / 0.07), ln(100)
 
 
+class UserError(Exception):
+    """Something the user can put right: one sentence that says what and how."""
+
+
+class Config(NamedTuple):
+    """All settings of a model: model.config is the dict of them, and CLIP(**config) builds it."""
+    image_size: int                  # height and width, in pixels
+    patch_size: int                  # in pixels; of a ResNet, its stride from input to output
+    vision_width: int
+    vision_layers: int               # of a ResNet, a tuple: the blocks in each stage
+    vision_heads: int
+    embed_dim: int                   # D
+    vocab_size: int
+    context_length: int              # the largest L
+    text_width: int
+    text_layers: int
+    text_heads: int
+    pool: str                        # "cls" or "mean", see above
+    act: str                         # "gelu" or "quickgelu"
+    causal: bool = None              # tokens see only what is before them; None: if pool is "cls"
+    patches_through_h: bool = False  # patches pass h_v in training too; SPARC: to segment only
+    leff: int = 0                    # PyramidCLIP's L_s: so many blocks, from the first, have LeFF
+    front: int = None                # regions enter behind so many blocks; None: behind leff
+    regions: int = 0                 # the size of one region's features; 0: the model takes none
+    embedder: bool = False           # PACL's e_v in place of the linear adapter g_v
+
+
+B32 = dict(image_size=224, patch_size=32, vision_width=768, vision_layers=12, vision_heads=12)
+B16 = B32 | dict(patch_size=16)
+L14 = B32 | dict(patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16)
+RN50 = B32 | dict(vision_width=64, vision_layers=(3, 4, 6, 3), vision_heads=32)
+TEXT = dict(vocab_size=49408, context_length=77, text_width=512, text_layers=12, text_heads=8,
+            pool="cls", act="quickgelu")
+TEXT_L = TEXT | dict(text_width=768, text_heads=12)
+SPARC = dict(embed_dim=512, vocab_size=32000, context_length=55, text_width=768, text_layers=12,
+             text_heads=12, pool="mean", act="gelu")
+CONFIGS = {
+    "tiny": SPARC | dict(image_size=56, patch_size=8, vision_width=128, vision_layers=2,
+                         vision_heads=2, embed_dim=128, vocab_size=618, context_length=32,
+                         text_width=128, text_layers=2, text_heads=2),
+    "RN50": RN50 | TEXT | dict(embed_dim=1024),
+    "ViT-B/32": B32 | TEXT | dict(embed_dim=512),
+    "ViT-B/16": B16 | TEXT | dict(embed_dim=512),
+    "ViT-L/14": L14 | TEXT_L | dict(embed_dim=768),
+    "FILIP-base": B32 | TEXT | dict(embed_dim=256),
+    "FILIP-large": L14 | TEXT_L | dict(embed_dim=256),
+    "SPARC-ViT-B/32": B32 | SPARC,
+    "SPARC-ViT-B/16": B16 | SPARC,
+    "SPARC-ViT-L/14": L14 | SPARC,
+    "PyramidCLIP-RN50": RN50 | TEXT | dict(embed_dim=1024, regions=2052),
+    "PyramidCLIP-ViT-B/32": B32 | TEXT | dict(embed_dim=512, regions=2052, leff=9),
+    "PyramidCLIP-ViT-B/16": B16 | TEXT | dict(embed_dim=512, regions=2052, leff=9),
+}
+LOG_SCALE_INIT, LOG_SCALE_MAX = math.log(1 / 0.07), math.log(100)
+
+
+# --------------------------------------------------------------------------- parts of transformers
 class LayerNorm(nn.LayerNorm):
-    """Computed in fp32 (or wider) whatever autocast says."""
-
+    """Layer normalisation, computed in fp32 (or wider) whatever autocast says."""
     def forward(self, x):
-        return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.normalized_shape, self.weight, self.bias, self.eps)
+        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 class QuickGELU(nn.Module):
-    """OpenAI CLIP's activation, x sigmoid(1.702 x), as a fused operation of PyTorch's."""
-
+    """OpenAI CLIP's activation, x sigmoid(1.702 x), by PyTorch's fused silu."""
     def forward(self, x):
         return F.silu(1.702 * x) / 1.702
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with nn.MultiheadAttention's parameters and initialisation."""
+def key_bias(mask):
+    """mask (B, N) -> (B, 1, 1, N), added to attention scores: no query sees a False position."""
+    return torch.where(mask, 0.0, float("-inf"))[:, None, None]
 
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x, bias=None, packed=None):
-        """x (B, N, w), or packed (n, w); bias, added to the scores: None, (N, N) or (B, 1, 1, N) with -inf where attention is barred.
-        packed: (rows, (B, N)), the positions that x's rows stand for, so that only attention itself spends time on padding."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        qkv = qkv if packed is None else unpack(qkv, *packed)                                  # (B, N, 3w)
-        B, N, w = *qkv.shape[:2], x.shape[-1]
-        q, k, v = qkv.view(B, N, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4).contiguous()     # (B, heads, N, w / heads) each
-        if x.device.type == "cpu" and N <= 256:                    # for short sequences the plain form has the faster CPU backward
-            scores = (q * (w // self.heads) ** -0.5) @ k.transpose(-2, -1)                     # (B, heads, N, N)
-            scores = scores if bias is None else scores + bias.to(scores.dtype)
-            y = scores.softmax(-1).to(v.dtype) @ v
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-        y = y.transpose(1, 2).reshape(B, N, w)
-        return self.out_proj(y if packed is None else y.flatten(0, 1).index_select(0, packed[0]))
+def masked_mean(x, mask):
+    """x (B, N, w), mask (B, N) -> (B, w), the mean over the True positions."""
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def pack(mask):
-    """mask (B, L) -> positions in the flattened mask, the n True ones first, then False ones up to a multiple of 64; n. The same few
-    numbers of rows come again and again, for which matmul kernels are ready and memory is at hand."""
+    """mask (C, L) -> rows, positions in mask.flatten(): the True ones, then False ones up to a
+    multiple of 64 (so the sizes are few, and kernels and memory are at hand); n, the True ones."""
     n = int(mask.sum())
-    return mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:-(-n // 64) * 64], n
+    order = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)
+    return order[:math.ceil(n / 64) * 64], n
 
 
 def unpack(x, rows, shape):
-    """x (n, w), rows (n,) their positions among B L -> (B, L, w), 0 elsewhere; shape: (B, L)."""
+    """x (n, w), rows (n,) their positions among C L, shape (C, L) -> (C, L, w), elsewhere 0."""
     return x.new_zeros(shape.numel(), x.shape[-1]).index_copy(0, rows, x).view(*shape, -1)
 
 
-class LeFF(nn.Module):
-    """Locally-enhanced feed-forward, PyramidCLIP 3.3: between its two linear layers a 3 x 3 depthwise convolution mixes each patch with its
-    neighbours. A class token in front passes through unchanged. x (B, P or 1 + P, w) -> the same shape."""
+def attend(q, k, v, bias, short=256):
+    """q, k, v (B, heads, N, w / heads), bias None or to be added to the scores -> as q.
+    On CPUs, sequences of up to `short` positions have a faster backward written out."""
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    if q.device.type != "cpu" or q.shape[-2] > short:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                      # (B, heads, N, N)
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(-1).to(v.dtype) @ v
 
+
+class Attention(nn.MultiheadAttention):
+    """Multi-head self-attention: PyTorch's parameters and initialisation, and a forward of ours."""
+    def forward(self, x, bias=None, packed=None):
+        """x (B, N, w), or packed (n, w) -> the same shape.
+        bias: None, (N, N) or (B, 1, 1, N), added to the scores; -inf bars a position.
+        packed: (rows, (B, N)), the positions of x's rows. The linear layers then skip padding."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        if packed is not None:
+            qkv = unpack(qkv, *packed)
+        qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        y = attend(*qkv, bias).transpose(1, 2).flatten(2)                  # (B, N, w)
+        if packed is not None:
+            y = y.flatten(0, 1).index_select(0, packed[0])
+        return self.out_proj(y)
+
+
+class LeFF(nn.Module):
+    """Locally-enhanced feed-forward, PyramidCLIP 3.3. x (B, P or 1 + P, w) -> the same shape.
+    Between the two linear layers, a 3 x 3 depthwise convolution mixes each patch with its
+    neighbours on the grid x grid of patches. A class token in front passes unchanged."""
     def __init__(self, width, grid, act):
         super().__init__()
-        self.grid, self.act = grid, act()
-        self.c_fc, self.bn1 = nn.Linear(width, 4 * width), nn.BatchNorm1d(4 * width)
-        self.conv, self.bn2 = nn.Conv2d(4 * width, 4 * width, 3, padding=1, groups=4 * width, bias=False), nn.BatchNorm2d(4 * width)
-        self.c_proj, self.bn3 = nn.Linear(4 * width, width), nn.BatchNorm1d(width)
+        self.grid, self.act, wide = grid, act(), 4 * width
+        self.c_fc, self.bn1 = nn.Linear(width, wide), nn.BatchNorm1d(wide)
+        self.conv = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
+        self.c_proj, self.bn3 = nn.Linear(wide, width), nn.BatchNorm1d(width)
 
     def forward(self, x):
         B, g, P = len(x), self.grid, self.grid ** 2
         cls, y = x[:, :-P], x[:, -P:]
-        y = self.act(self.bn1(self.c_fc(y).flatten(0, 1)))                                     # (B P, 4w): statistics over pictures and patches
-        y = y.view(B, g, g, -1).permute(0, 3, 1, 2)                                            # (B, 4w, g, g)
+        y = self.act(self.bn1(self.c_fc(y).flatten(0, 1)))                 # (B P, 4w)
+        y = y.view(B, g, g, -1).permute(0, 3, 1, 2)                        # (B, 4w, g, g)
         y = self.act(self.bn2(self.conv(y)))
-        y = self.c_proj(y.flatten(2).transpose(1, 2)).flatten(0, 1)
+        y = self.c_proj(y.flatten(2).transpose(1, 2)).flatten(0, 1)        # (B P, w)
         return torch.cat([cls, self.act(self.bn3(y)).view(B, P, -1)], 1)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with a grid, its feed-forward part is LeFF."""
-
+    """Pre-norm transformer block. With a grid, its feed-forward part is LeFF."""
     def __init__(self, width, heads, act, grid=None):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = LayerNorm(width)
-        self.mlp = LeFF(width, grid, act) if grid else nn.Sequential(collections.OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=act(), c_proj=nn.Linear(4 * width, width)))
+        if grid:
+            self.mlp = LeFF(width, grid, act)
+        else:
+            self.mlp = nn.Sequential(OrderedDict(
+                c_fc=nn.Linear(width, 4 * width), gelu=act(), c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x, bias=None, packed=None):
@@ -144,204 +205,187 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """leff: so many blocks, from the first, have LeFF over a grid of grid x grid patches. checkpointing: keep each block's input alone and
-    compute the rest again in backward, for a third more time (LeFF's running statistics then move twice a step)."""
-
-    checkpointing = False
-
+    """A stack of blocks, the first `leff` of them with LeFF on a grid x grid of patches.
+    checkpointing: keep only each block's input and compute the rest again in backward. This takes
+    a third more time and far less memory. LeFF's running statistics then move twice a step."""
     def __init__(self, width, layers, heads, act, leff=0, grid=None):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, act, grid if n < leff else None) for n in range(layers))
+        self.checkpointing = False
+        act = {"gelu": nn.GELU, "quickgelu": QuickGELU}[act]
+        grids = [grid] * leff + [None] * (layers - leff)
+        self.resblocks = nn.ModuleList(Block(width, heads, act, g) for g in grids)
 
     def forward(self, x, bias=None, packed=None, first=0):
+        """x as in Attention -> the same shape, by the blocks from `first` on."""
         for block in self.resblocks[first:]:
-            x = checkpoint(block, x, bias, packed, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(x, bias, packed)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, bias, packed, use_reentrant=False)
+            else:
+                x = block(x, bias, packed)
         return x
 
 
-class ResidualEmbedder(nn.Module):
-    """PACL's e_v in place of the linear adapter g_v: linear + (linear, ReLU, linear)."""
-
-    def __init__(self, width, embed_dim):
-        super().__init__()
-        self.skip = nn.Linear(width, embed_dim)
-        self.main = nn.Sequential(nn.Linear(width, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim))
-
-    def forward(self, x):
-        return self.skip(x) + self.main(x)
-
-
+# -------------------------------------------------------------------------------- the image towers
 class VisionTransformer(nn.Module):
-    """f_v with its pooling and adapter. forward(images (B,3,H,W)) -> v (B,D), V (B,P,D).
-
-    leff: so many blocks, from the first, have LeFF. front: blocks in PyramidCLIP's f1, None for as many as leff; the rest are f2, where
-    regions enter. regions: size of a region's features, 0 for no phi. embedder: PACL's e_v."""
-
-    def __init__(self, image_size, patch_size, width, layers, heads, embed_dim, pool, act, leff=0, front=None, regions=0, embedder=False):
+    """The encoder f_v with its pooling and its adapter g_v. c: a Config."""
+    def __init__(self, c):
         super().__init__()
-        self.patch_size, self.pool, self.grid, self.front = patch_size, pool, image_size // patch_size, leff if front is None else front
-        self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
-        if pool == "cls":
-            self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
+        w, D, std = c.vision_width, c.embed_dim, c.vision_width ** -0.5
+        self.pool, self.patch_size, self.embedder = c.pool, c.patch_size, c.embedder
+        self.grid = c.image_size // c.patch_size                           # P = grid x grid
+        self.front = c.leff if c.front is None else c.front                # blocks in f1
+        self.conv1 = nn.Conv2d(3, w, c.patch_size, c.patch_size, bias=False)
+        if c.pool == "cls":
+            self.class_embedding = nn.Parameter(std * torch.randn(w))
         else:
-            self.h_v = nn.Sequential(nn.Linear(width, width), nn.GELU())                       # SPARC's one non-linear layer
-        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(self.grid ** 2 + (pool == "cls"), width))
-        self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, act, leff, self.grid)
-        self.ln_post = LayerNorm(width)
-        if embedder:
-            self.e_v = ResidualEmbedder(width, embed_dim)
+            self.h_v = nn.Sequential(nn.Linear(w, w), nn.GELU())           # SPARC 2
+        N = self.grid ** 2 + (c.pool == "cls")
+        self.positional_embedding = nn.Parameter(std * torch.randn(N, w))
+        self.ln_pre = LayerNorm(w)
+        self.transformer = Transformer(w, c.vision_layers, c.vision_heads, c.act, c.leff, self.grid)
+        self.ln_post = LayerNorm(w)
+        if c.embedder:
+            self.e_v = nn.ModuleDict({"skip": nn.Linear(w, D), "main": nn.Sequential(
+                nn.Linear(w, D), nn.ReLU(), nn.Linear(D, D))})
         else:
-            self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed_dim))            # the adapter g_v
-        if regions:
-            self.phi = nn.Parameter(width ** -0.5 * torch.randn(regions, width))
+            self.proj = nn.Parameter(std * torch.randn(w, D))              # g_v
+        if c.regions:
+            self.phi = nn.Parameter(std * torch.randn(c.regions, w))       # PyramidCLIP 3.3
 
     def adapter(self, f):
-        return self.e_v(f) if hasattr(self, "e_v") else f @ self.proj
+        """f (..., w) -> (..., D): g_v, or PACL's e_v, which is linear + (linear, ReLU, linear)."""
+        if self.embedder:
+            return self.e_v["skip"](f) + self.e_v["main"](f)
+        return f @ self.proj
 
     def forward(self, images, patches_through_h=False):
-        B, s = len(images), self.patch_size
-        if images.shape[1:] != (3, self.grid * s, self.grid * s):
-            raise UserError(f"this model takes images (B, 3, {self.grid * s}, {self.grid * s}), not {tuple(images.shape)}: see data.center_crop")
-        x = images.unfold(2, s, s).unfold(3, s, s)                                             # (B, 3, h, w, s, s)
-        x = x.permute(0, 2, 3, 1, 4, 5).reshape(B, -1, 3 * s * s)                              # (B, P, 3ss): a convolution whose stride is
-        x = F.linear(x, self.conv1.weight.flatten(1))                                          # its kernel is a matmul; CPUs like it better
+        """images (B, 3, H, W) -> v (B, D), V (B, P, D)."""
+        s = self.patch_size
+        x = images.unfold(2, s, s).unfold(3, s, s).permute(0, 2, 3, 1, 4, 5)             # patches
+        x = F.linear(x.reshape(len(x), -1, 3 * s * s), self.conv1.weight.flatten(1))     # (B, P, w)
         if self.pool == "cls":
-            x = torch.cat([self.class_embedding.to(x.dtype).expand(B, 1, -1), x], 1)
-        x = self.ln_pre(x + self.positional_embedding)
-        f = self.ln_post(self.transformer(x))                                                  # (B, P or 1 + P, w)
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
+        f = self.ln_post(self.transformer(self.ln_pre(x + self.positional_embedding)))
         if self.pool == "cls":
-            y = self.adapter(f)
+            y = self.adapter(f)                                            # (B, 1 + P, D)
             return y[:, 0], y[:, 1:]
-        return self.adapter(self.h_v(f.mean(1))), self.adapter(self.h_v(f) if patches_through_h else f)
+        v = self.adapter(self.h_v(f.mean(1)))
+        return v, self.adapter(self.h_v(f) if patches_through_h else f)
 
     def encode_regions(self, R, mask):
-        """R (B,M,regions), mask (B,M) -> v_r (B,D): f2, the blocks behind f1, without positions, which R contains."""
-        x = R @ self.phi                                                                       # (B, M, w)
+        """R (B, N, regions), mask (B, N) -> v_r (B, D) = f2(phi(R)): f2 is all behind the first
+        `front` blocks. R contains positions, so none are added. With no block left (L_s = 12 in
+        PyramidCLIP's Figure 6) the class token meets no region: v_r is one vector for all."""
+        x = R @ self.phi                                                   # (B, N, w)
         if self.pool == "cls":
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
             mask = F.pad(mask, (1, 0), value=True)
         f = self.ln_post(self.transformer(self.ln_pre(x), key_bias(mask), first=self.front))
-        return self.adapter(f[:, 0] if self.pool == "cls" else self.h_v(masked_mean(f, mask)))
+        if self.pool == "cls":
+            return self.adapter(f[:, 0])
+        return self.adapter(self.h_v(masked_mean(f, mask)))
 
 
-def key_bias(mask):
-    """mask (B, N) -> (B, 1, 1, N) to add to attention scores: no query sees a False position."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))[:, None, None]
-
-
-def masked_mean(x, mask):
-    """x (B, N, w), mask (B, N) -> (B, w), the mean of the True positions."""
-    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-# ----------------------------------------------------------------------------------------------------------- ResNet with attention pooling
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions; a stride is an average pooling, in the branch and in the shortcut."""
-
-    def __init__(self, inside, width, stride):
+    """1x1, 3x3 and 1x1 convolutions. A stride is an average pooling, in branch and shortcut."""
+    def __init__(self, inside, w, stride):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.conv1, self.bn1 = nn.Conv2d(inside, w, 1, bias=False), nn.BatchNorm2d(w)
+        self.conv2, self.bn2 = nn.Conv2d(w, w, 3, padding=1, bias=False), nn.BatchNorm2d(w)
+        self.conv3, self.bn3 = nn.Conv2d(w, 4 * w, 1, bias=False), nn.BatchNorm2d(4 * w)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.downsample = None
-        if stride > 1 or inside != 4 * width:
-            self.downsample = nn.Sequential(collections.OrderedDict([  # OpenAI's names: the pooling was put in front of 0 and 1
-                ("-1", nn.AvgPool2d(stride)), ("0", nn.Conv2d(inside, 4 * width, 1, bias=False)), ("1", nn.BatchNorm2d(4 * width))]))
-        nn.init.zeros_(self.bn3.weight)                            # each block starts as its shortcut
+        self.downsample = nn.Identity()
+        if stride > 1 or inside != 4 * w:
+            self.downsample = nn.Sequential(OrderedDict([                  # OpenAI's names
+                ("-1", nn.AvgPool2d(stride)), ("0", nn.Conv2d(inside, 4 * w, 1, bias=False)),
+                ("1", nn.BatchNorm2d(4 * w))]))
+        nn.init.zeros_(self.bn3.weight)                                    # starts as its shortcut
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.pool(F.relu(self.bn2(self.conv2(y))))
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
 
 
 class AttentionPool(nn.Module):
-    """Attention over [mean, cells]. Output 0 is the picture; the outputs at the cells are its patches, which CLIP does not compute."""
-
+    """Attention over [mean, cells] -> [picture, patches]. CLIP does not compute the patches."""
     def __init__(self, cells, width, heads, embed_dim):
         super().__init__()
         self.heads = heads
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(cells + 1, width))
         for name in ("k_proj", "q_proj", "v_proj", "c_proj"):
-            self.add_module(name, nn.Linear(width, embed_dim if name == "c_proj" else width))
-            nn.init.normal_(getattr(self, name).weight, std=width ** -0.5)
+            layer = nn.Linear(width, embed_dim if name == "c_proj" else width)
+            nn.init.normal_(layer.weight, std=width ** -0.5)
+            self.add_module(name, layer)
 
     def forward(self, x, bias=None):
-        """x (B, 1 + cells, w) -> (B, 1 + cells, D)"""
-        q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+        """x (B, 1 + cells, w), bias None or (B, 1, 1, 1 + cells) -> (B, 1 + cells, D)"""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = [layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in layers]
+        return self.c_proj(attend(q, k, v, bias, short=0).transpose(1, 2).flatten(2))
 
 
 class ModifiedResNet(nn.Module):
-    """CLIP's ResNet: a stem of three convolutions, average poolings for strides, attention pooling. forward as VisionTransformer's."""
-
-    def __init__(self, image_size, width, layers, heads, embed_dim, regions=0):
+    """CLIP's ResNet: a stem of three convolutions, average poolings, attention pooling."""
+    def __init__(self, c):
         super().__init__()
-        self.image_size, self.grid = image_size, image_size // 32
-        w = width // 2
-        self.conv1, self.bn1 = nn.Conv2d(3, w, 3, 2, 1, bias=False), nn.BatchNorm2d(w)
-        self.conv2, self.bn2 = nn.Conv2d(w, w, 3, padding=1, bias=False), nn.BatchNorm2d(w)
-        self.conv3, self.bn3 = nn.Conv2d(w, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.grid = c.image_size // 32                                     # P = grid x grid
+        width, half, w = c.vision_width, c.vision_width // 2, 32 * c.vision_width
+        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, 1, 1, bias=False), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
         inside = width
-        for n, blocks in enumerate(layers):
-            stage = []
-            for k in range(blocks):
-                stage.append(Bottleneck(inside, width << n, 2 if n and not k else 1))
-                inside = 4 * width << n
+        for n, blocks in enumerate(c.vision_layers):
+            stage = [Bottleneck(inside, width << n, 2 if n else 1)]
+            inside = 4 * width << n
+            stage += [Bottleneck(inside, width << n, 1) for _ in range(blocks - 1)]
             self.add_module(f"layer{n + 1}", nn.Sequential(*stage))
-        self.attnpool = AttentionPool(self.grid ** 2, inside, heads, embed_dim)
-        if regions:
-            self.phi, self.roi_norm = nn.Parameter(inside ** -0.5 * torch.randn(regions, inside)), LayerNorm(inside)
+        self.attnpool = AttentionPool(self.grid ** 2, w, c.vision_heads, c.embed_dim)
+        if c.regions:
+            self.phi = nn.Parameter(w ** -0.5 * torch.randn(c.regions, w))
+            self.roi_norm = LayerNorm(w)
 
-    def forward(self, images, patches_through_h=False):            # there is no h_v
-        if images.shape[1:] != (3, self.image_size, self.image_size):
-            raise UserError(f"this model takes images (B, 3, {self.image_size}, {self.image_size}), not {tuple(images.shape)}: see data.center_crop")
-        x = images
-        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
-            x = F.relu(bn(conv(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2)))))             # (B, 32 w, h, w)
-        x = x.flatten(2).transpose(1, 2)                                                       # (B, P, 32 w)
+    def forward(self, images, patches_through_h=False):
+        """images (B, 3, H, W) -> v (B, D), V (B, P, D). There is no h_v for patches to pass."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x)))).flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.attnpool.positional_embedding
-        y = self.attnpool(x)
+        y = self.attnpool(x)                                               # (B, 1 + P, D)
         return y[:, 0], y[:, 1:]
 
     def encode_regions(self, R, mask):
-        """R (B,M,regions), mask (B,M) -> v_r (B,D): f2 is the attention pooling, behind [mean, regions], without positions."""
-        x = R @ self.phi
+        """R (B, N, regions), mask (B, N) -> v_r (B, D). Here f2 is the attention pooling."""
+        x = R @ self.phi                                                   # (B, N, w)
         x = self.roi_norm(torch.cat([masked_mean(x, mask)[:, None], x], 1))
         return self.attnpool(x, key_bias(F.pad(mask, (1, 0), value=True)))[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------------------------------- both towers
+# -------------------------------------------------------------------------------------- both towers
 class CLIP(nn.Module):
-    """The two towers and log_scale = ln(1 / temperature). config: the dict build() makes, enough to build it again."""
-
-    def __init__(self, image_size, patch_size, vision_width, vision_layers, vision_heads, embed_dim, vocab_size, context_length,
-                 text_width, text_layers, text_heads, pool, causal, patches_through_h, act, leff=0, front=None, regions=0, embedder=False):
+    """The two towers and logit_scale = ln(1 / temperature). Its arguments are Config's fields."""
+    def __init__(self, **config):
         super().__init__()
-        self.config = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
-        self.pool, self.causal, self.patches_through_h, self.context_length = pool, causal, patches_through_h, context_length
-        Act = {"gelu": nn.GELU, "quickgelu": QuickGELU}[act]
-        if isinstance(vision_layers, int):
-            self.visual = VisionTransformer(image_size, patch_size, vision_width, vision_layers, vision_heads, embed_dim, pool, Act,
-                                            leff, front, regions, embedder)
-        else:
-            self.visual = ModifiedResNet(image_size, vision_width, vision_layers, vision_heads, embed_dim, regions)
-        self.token_embedding = nn.Embedding(vocab_size, text_width)
-        self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
-        self.transformer = Transformer(text_width, text_layers, text_heads, Act)
-        self.ln_final = LayerNorm(text_width)
-        self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))               # the adapter g_t
+        c = Config(**config)
+        if c.causal is None:
+            c = c._replace(causal=c.pool == "cls")
+        self.config = c._asdict()
+        self.pool, self.causal, self.context_length = c.pool, c.causal, c.context_length
+        self.patches_through_h = c.patches_through_h
+        resnet = isinstance(c.vision_layers, (tuple, list))
+        self.visual = ModifiedResNet(c) if resnet else VisionTransformer(c)
+        w, layers = c.text_width, c.text_layers
+        self.token_embedding = nn.Embedding(c.vocab_size, w)
+        self.positional_embedding = nn.Parameter(torch.empty(c.context_length, w))
+        self.transformer = Transformer(w, layers, c.text_heads, c.act)
+        self.ln_final = LayerNorm(w)
+        self.text_projection = nn.Parameter(torch.empty(w, c.embed_dim))   # g_t
         self.logit_scale = nn.Parameter(torch.tensor(LOG_SCALE_INIT))
-        self.initialize()
+        self.initialize_text(w, layers)
 
-    def initialize(self):
-        """OpenAI's initialisation. It re-initialises the text blocks only; the image blocks keep PyTorch's defaults."""
-        w, layers = self.config["text_width"], self.config["text_layers"]
+    def initialize_text(self, w, layers):
+        """As OpenAI does. The image blocks keep PyTorch's defaults."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in self.transformer.resblocks:
@@ -352,194 +396,201 @@ class CLIP(nn.Module):
         nn.init.normal_(self.text_projection, std=w ** -0.5)
 
     def encode_image(self, images, patches_through_h=None):
-        """images (B,3,H,W) float, normalised -> v (B,D), V (B,P,D). patches_through_h: pass the patches through h_v too, as SPARC's
-        segmentation does (D.7); None takes the model's own setting, which training uses."""
-        return self.visual(images, self.patches_through_h if patches_through_h is None else patches_through_h)
+        """images (B, 3, H, W) float, normalised -> v (B, D), V (B, P, D).
+        patches_through_h: True sends the patches through h_v too, as SPARC's segmentation does
+        (D.7); None takes the model's setting. Raises UserError for images of another size."""
+        s = self.config["image_size"]
+        if images.shape[1:] != (3, s, s):
+            raise UserError(f"this model takes images (B, 3, {s}, {s}), not "
+                            f"{tuple(images.shape)}: see data.center_crop")
+        own = patches_through_h is None
+        return self.visual(images, self.patches_through_h if own else patches_through_h)
 
     def encode_text(self, ids, mask):
-        """ids (B,L) int64, mask (B,L) bool, True up to and including the first EOT -> t (B,D), T (B,L,D)."""
-        B, L = ids.shape
-        if L > self.context_length:
-            raise UserError(f"texts of {L} tokens, but this model reads at most {self.context_length}: tokenise with context_length={self.context_length}")
+        """ids (C, L) int64, mask (C, L) bool -> t (C, D), T (C, L, D), which is 0 at padding.
+        The mask is True up to and including the first EOT. Raises UserError for too long texts."""
+        (C, L), most = ids.shape, self.context_length
+        if L > most:
+            raise UserError(f"texts of {L} tokens, but this model reads at most {most}: "
+                            f"tokenise with context_length={most}")
         bias = key_bias(mask)
-        if self.causal:                                            # a real token never sees padding behind it, so the keys need no mask
+        if self.causal:                         # a real token never sees the padding behind it
             bias = torch.full((L, L), float("-inf"), device=ids.device).triu(1)
-        rows, n = pack(mask)                                                                   # n real tokens in all
-        x = (self.token_embedding(ids) + self.positional_embedding[:L]).flatten(0, 1).index_select(0, rows)
-        x = self.ln_final(self.transformer(x, bias, (rows, mask.shape))[:n])                   # (n, w)
-        x = unpack(x, rows[:n], mask.shape)                                                    # (B, L, w)
-        T = x @ self.text_projection
+        x = self.token_embedding(ids) + self.positional_embedding[:L]      # (C, L, w)
+        rows, n = pack(mask)                                               # n real tokens in all
+        x = self.transformer(x.flatten(0, 1).index_select(0, rows), bias, (rows, mask.shape))
+        f = unpack(self.ln_final(x[:n]), rows[:n], mask.shape)             # (C, L, w)
+        T = f @ self.text_projection
         if self.pool == "cls":
-            return T[torch.arange(B, device=ids.device), mask.sum(1) - 1], T                   # the feature at EOT
-        return masked_mean(x, mask) @ self.text_projection, T                                  # over real tokens only
+            return T[torch.arange(C, device=ids.device), mask.sum(1) - 1], T             # at EOT
+        return masked_mean(f, mask) @ self.text_projection, T
 
     def encode_regions(self, R, mask):
-        """R (B,M,2052) region features, mask (B,M) bool -> v_r (B,D). PyramidCLIP 3.3: f2(phi(R))."""
+        """R (B, N, 2052), mask (B, N) bool -> v_r (B, D). UserError: a model without regions."""
         if not self.config["regions"]:
             raise UserError("this model takes no regions: build it with regions=2052")
         return self.visual.encode_regions(R, mask)
 
-    def forward(self, images, ids, mask, images_l=None, regions=None, regions_mask=None, summary=None, summary_mask=None,
-                objects=None, objects_mask=None):
-        """-> dict of features: image v (B,D), patches V (B,P,D), text t (B,D), tokens T (B,L,D), mask M (B,L), scale = exp(log_scale).
-        PyramidCLIP's further views, where the batch has them: v_l of images_l, the local crop (v is then the global one); v_r of regions
-        (B,M,2052); l_s of the summary and l_a of the objects' names, both token ids and masks as ids and mask."""
-        f = {"M": mask, "scale": self.logit_scale.exp()}
-        v, f["V"] = self.encode_image(images if images_l is None else torch.cat([images, images_l]))
-        f["V"] = f["V"][:len(images)]
-        f |= zip(("v", "v_l"), v.split(len(images)))
+    def forward(self, images, ids, mask, images_l=None, regions=None, regions_mask=None,
+                summary=None, summary_mask=None, objects=None, objects_mask=None):
+        """-> features: v (B, D), V (B, P, D), t (C, D), T (C, L, D), M (C, L) the mask, and
+        scale = exp(logit_scale). From further views, if the batch has PyramidCLIP's: v_l of the
+        local crop images_l (v is then of the global crop), v_r of regions (B, N, 2052), l_s of the
+        summary and l_a of the objects' names (both are texts like ids and mask)."""
+        B, (C, L) = len(images), ids.shape
+        v, V = self.encode_image(images if images_l is None else torch.cat([images, images_l]))
+        f = {"M": mask, "scale": self.logit_scale.exp(), "V": V[:B]}
+        f |= zip(("v", "v_l"), v.split(B))
         if regions is not None:
             f["v_r"] = self.encode_regions(regions, regions_mask)
         texts = {"t": (ids, mask), "l_s": (summary, summary_mask), "l_a": (objects, objects_mask)}
-        texts = {k: x for k, x in texts.items() if x[0] is not None}
-        L = max(x.shape[1] for x, _ in texts.values())
-        ids, masks = (torch.cat([F.pad(x[n], (0, L - x[n].shape[1])) for x in texts.values()]) for n in (0, 1))
-        t, T = self.encode_text(ids, masks)                        # all in one pass; padding is packed away
-        f["T"] = T[:len(mask), :mask.shape[1]]
-        return f | dict(zip(texts, t.split(len(mask))))
+        texts = {name: text for name, text in texts.items() if text[0] is not None}
+        longest = max(i.shape[1] for i, _ in texts.values())
+        ids = torch.cat([F.pad(i, (0, longest - i.shape[1])) for i, _ in texts.values()])
+        masks = torch.cat([F.pad(m, (0, longest - m.shape[1])) for _, m in texts.values()])
+        t, T = self.encode_text(ids, masks)                                # in one pass
+        return f | {"T": T[:C, :L]} | dict(zip(texts, t.split(C)))
 
 
 @torch.no_grad()
 def clamp_scales(module):
-    """Keep every learned scale in [1, 100]: called after each optimiser step. A clamp inside forward would have gradient 0 at the bound."""
+    """Keep every learned scale in [1, 100]. To be called after each step of the optimiser: a clamp
+    inside forward would have gradient 0 at the bound, so the scale could not come back."""
     for name, p in module.named_parameters():
         if "logit_scale" in name or "log_scale" in name:
             p.clamp_(0, LOG_SCALE_MAX)
-
-
-def build(name, **overrides):
-    """A model by name; overrides replace sizes (image_size, vocab_size, pool="cls"|"mean", causal, act, leff, regions, embedder, ...).
-
-    leff: blocks with LeFF, from the first; front: blocks before regions enter (None: as many); regions: size of the region features that encode_regions takes; embedder: PACL's e_v for g_v.
-    Raises UserError for an unknown name or size, for patches that do not divide the image, for heads that do not divide a width.
-    """
-    if name not in CONFIGS:
-        raise UserError(f"unknown model {name!r}: choose one of {', '.join(CONFIGS)}")
-    c = {"causal": None, "patches_through_h": False, "act": None, "leff": 0, "front": None, "regions": 0, "embedder": False} | CONFIGS[name]
-    unknown = [k for k in overrides if k not in c]
-    if unknown:
-        raise UserError(f"a model has no setting {', '.join(unknown)}: choose from {', '.join(c)}")
-    overrides = {k: v for k, v in overrides.items() if v is not None}
-    if not isinstance(c["vision_layers"], int):
-        transformers_only = ("patch_size", "vision_width", "vision_layers", "vision_heads", "pool", "patches_through_h", "leff", "front", "embedder")
-        wrong = [k for k in transformers_only if overrides.get(k, c[k]) != c[k]]
-        if wrong:
-            raise UserError(f"{name}'s image tower is a ResNet, which has no {', '.join(wrong)} to choose: leave that out, or take a ViT")
-    c |= overrides
-    if c["image_size"] % c["patch_size"]:
-        s, p = c["image_size"], c["patch_size"]
-        raise UserError(f"patches of {p} pixels do not divide an image of {s}: try an image size of {max(1, s // p) * p} or {(s // p + 1) * p}")
-    for tower in ("vision", "text"):
-        w, h = c[f"{tower}_width"], c[f"{tower}_heads"]
-        if h < 1 or w % h:
-            raise UserError(f"{h} heads do not divide the {tower} tower's width {w}: the papers have width / 64 heads")
-    front = c["leff"] if c["front"] is None else c["front"]
-    if c["regions"] and front and front >= c["vision_layers"]:
-        raise UserError(f"{front} blocks with LeFF leave none of {c['vision_layers']} for the regions: choose leff below vision_layers")
-    if c["act"] not in (None, "gelu", "quickgelu"):
-        raise UserError(f"act is gelu or quickgelu, not {c['act']!r}")
-    if c["pool"] not in ("cls", "mean"):
-        raise UserError(f"pool is cls or mean, not {c['pool']!r}")
-    if c["patches_through_h"] and c["pool"] == "cls":
-        raise UserError("patches_through_h needs pool='mean': only SPARC's towers have the layer h_v")
-    c["causal"] = c["pool"] == "cls" if c["causal"] is None else c["causal"]
-    c["act"] = c["act"] or ("gelu" if name.startswith(("SPARC", "tiny")) else "quickgelu")
-    return CLIP(**c)
-
-
-# ------------------------------------------------------------------------------------------------------------------- OpenAI's weights
-class _TensorsOnly(pickle.Unpickler):
-    """Reads a TorchScript archive's tensors and none of its code: whatever class it names becomes a bag of attributes."""
-
-    class Bag:
-        def __setstate__(self, state):
-            self.__dict__ = state
-
-    def __init__(self, archive):
-        self.archive, self.root = archive, next(n for n in archive.namelist() if n.endswith("/data.pkl"))[:-len("data.pkl")]
-        super().__init__(archive.open(self.root + "data.pkl"))
-
-    def find_class(self, module, name):
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset).clone()
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and name.endswith("Storage"):
-            return name
-        return type(name, (self.Bag,), {})
-
-    def persistent_load(self, pid):
-        dtype = {"HalfStorage": torch.float16, "FloatStorage": torch.float32, "LongStorage": torch.int64}[pid[1]]
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}data/{pid[2]}")), dtype=dtype)
-
-    def state_dict(self):
-        def walk(bag, prefix=""):
-            for name, x in vars(bag).items():
-                if torch.is_tensor(x):
-                    out[prefix + name] = x
-                elif isinstance(x, self.Bag):
-                    walk(x, f"{prefix}{name}.")
-        out = {}
-        walk(self.load())
-        return out
-
-
-def load_openai(path):
-    """OpenAI CLIP's weights -> model in eval mode, fp32. path: a state dict, or the released TorchScript archive, whose code is not run.
-    The sizes are read off the tensors' shapes. Raises UserError for any other file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            archive = zipfile.is_zipfile(path) and zipfile.ZipFile(path)
-            if archive and any("/code/" in n for n in archive.namelist()):
-                state = _TensorsOnly(archive).state_dict()
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:                                          # readers raise nearly anything on a file of another kind
-        raise UserError(f"can't read {path} as OpenAI's weights ({type(e).__name__}: {str(e).splitlines()[0][:100] if str(e) else ''}): give the released "
-                        f"archive, or convert it with torch.save(torch.jit.load(archive).state_dict(), path)") from None
-    try:
-        state = {k: x.float() for k, x in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-        blocks = lambda prefix: len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
-        text_width, positions = len(state["ln_final.weight"]), state["positional_embedding"]
-        c = dict(embed_dim=state["text_projection"].shape[1], vocab_size=len(state["token_embedding.weight"]), context_length=len(positions),
-                 text_width=text_width, text_layers=blocks("transformer.resblocks."), text_heads=text_width // 64, pool="cls", causal=True,
-                 patches_through_h=False, act="quickgelu")
-        if "visual.proj" in state:
-            width, _, _, patch = state["visual.conv1.weight"].shape
-            grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
-            c |= dict(vision_width=width, patch_size=patch, image_size=patch * grid, vision_layers=blocks("visual.transformer.resblocks."), vision_heads=width // 64)
-        else:
-            width = len(state["visual.layer1.0.conv1.weight"])
-            grid = round((len(state["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
-            c |= dict(vision_width=width, patch_size=32, image_size=32 * grid, vision_layers=tuple(blocks(f"visual.layer{n}.") for n in (1, 2, 3, 4)),
-                      vision_heads=width * 32 // 64)
-        model = CLIP(**c)
-        model.load_state_dict(state)
-        return model.eval()                                         # for RN50's BatchNorm
-    except (LookupError, ValueError, AttributeError, RuntimeError, TypeError) as e:
-        raise UserError(f"{path} does not have OpenAI CLIP's layout ({' '.join(str(e).split())[:150]}): its keys should be visual.conv1.weight, "
-                        f"transformer.resblocks.0.attn.in_proj_weight, text_projection, ...") from None
 
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def build(name, **overrides):
+    """A model by name. overrides replace fields of Config; those that are None do not.
+    Raises UserError for an unknown name or field, and for settings that do not fit together."""
+    if name not in CONFIGS:
+        raise UserError(f"unknown model {name!r}: choose one of {', '.join(CONFIGS)}")
+    unknown = [field for field in overrides if field not in Config._fields]
+    if unknown:
+        raise UserError(f"no setting {', '.join(unknown)}: choose from {', '.join(Config._fields)}")
+    named = Config(**CONFIGS[name])
+    c = named._replace(**{k: value for k, value in overrides.items() if value is not None})
+    fixed = ("patch_size", "vision_width", "vision_layers", "vision_heads", "pool",
+             "patches_through_h", "leff", "front", "embedder")
+    wrong = [field for field in fixed if getattr(c, field) != getattr(named, field)]
+    if wrong and isinstance(named.vision_layers, tuple):
+        raise UserError(f"{name}'s image tower is a ResNet, which has no {', '.join(wrong)} to "
+                        f"choose: leave that out, or take a ViT")
+    size, patch, blocks = c.image_size, c.patch_size, c.vision_layers
+    below = size // patch * patch
+    if size % patch:
+        raise UserError(f"patches of {patch} pixels do not divide an image of {size}: "
+                        f"try an image size of {max(patch, below)} or {below + patch}")
+    for tower, width, heads in (("vision", c.vision_width, c.vision_heads),
+                                ("text", c.text_width, c.text_heads)):
+        if heads < 1 or width % heads:
+            raise UserError(f"{heads} heads do not divide the {tower} tower's width {width}: "
+                            f"the papers have width / 64 heads")
+    if isinstance(blocks, int) and max(c.leff, c.front or 0) > blocks:
+        raise UserError(f"leff={c.leff}, front={c.front}: choose at most vision_layers={blocks}")
+    if c.pool not in ("cls", "mean"):
+        raise UserError(f"pool is cls or mean, not {c.pool!r}")
+    if c.patches_through_h and c.pool == "cls":
+        raise UserError("patches_through_h needs pool='mean': no other tower has the layer h_v")
+    return CLIP(**c._asdict())
+
+
+# ------------------------------------------------------------------------------- OpenAI's weights
+class _TensorsOnly(pickle.Unpickler):
+    """Reads a TorchScript archive's tensors and runs no code: each class in it becomes a Bag of the
+    tensors of a module and of the modules in it, by their names."""
+    class Bag(dict):
+        def __setstate__(self, state):
+            for name, x in state.items():
+                if torch.is_tensor(x):
+                    self[name] = x
+                elif isinstance(x, _TensorsOnly.Bag):
+                    self.update({f"{name}.{inner}": y for inner, y in x.items()})
+
+    def __init__(self, archive):
+        self.archive = archive
+        file = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        self.root = file.removesuffix("data.pkl")
+        super().__init__(archive.open(file))
+
+    def find_class(self, module, name):
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        known = {("torch._utils", "_rebuild_tensor_v2"): self.tensor,
+                 ("collections", "OrderedDict"): dict}
+        return known.get((module, name)) or type(name, (self.Bag,), {})
+
+    def tensor(self, flat, offset, size, stride, *_):
+        return flat.as_strided(size, stride, offset).clone()
+
+    def persistent_load(self, pid):
+        dtypes = dict(HalfStorage=torch.half, FloatStorage=torch.float, LongStorage=torch.long)
+        data = bytearray(self.archive.read(f"{self.root}data/{pid[2]}"))
+        return torch.frombuffer(data, dtype=dtypes[pid[1]])
+
+
+def openai_config(state):
+    """The settings of the OpenAI model with this state dict, read off the shapes."""
+    def blocks(prefix):
+        return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
+    vocab_size, width = state["token_embedding.weight"].shape
+    length, D = len(state["positional_embedding"]), state["text_projection"].shape[1]
+    text = dict(embed_dim=D, vocab_size=vocab_size, context_length=length, text_width=width,
+                text_layers=blocks("transformer.resblocks."), text_heads=max(1, width // 64),
+                pool="cls", act="quickgelu")
+    if "visual.proj" in state:
+        width, _, _, patch = state["visual.conv1.weight"].shape
+        layers, heads = blocks("visual.transformer.resblocks."), max(1, width // 64)
+        positions = state["visual.positional_embedding"]
+    else:
+        width, patch = len(state["visual.layer1.0.conv1.weight"]), 32
+        layers, heads = tuple(blocks(f"visual.layer{n}.") for n in (1, 2, 3, 4)), width // 2
+        positions = state["visual.attnpool.positional_embedding"]
+    return text | dict(image_size=patch * round((len(positions) - 1) ** 0.5), patch_size=patch,
+                       vision_width=width, vision_layers=layers, vision_heads=heads)
+
+
+def load_openai(path):
+    """OpenAI CLIP's weights -> the model in eval mode (for BatchNorm), fp32. path: a state dict, or
+    the released TorchScript archive, whose code is not run. Raises UserError for other files."""
+    try:
+        archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
+        if archive and any("/code/" in name for name in archive.namelist()):
+            state = _TensorsOnly(archive).load()
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        numbers = ("input_resolution", "context_length", "vocab_size")
+        state = {name: x.float() for name, x in state.items() if name not in numbers}
+        model = CLIP(**openai_config(state))
+        model.load_state_dict(state)
+        return model.eval()
+    except Exception as e:                      # readers raise nearly anything on other files
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:150]
+        raise UserError(f"can't read {path} as OpenAI CLIP's weights ({reason}): give the released "
+                        f"archive or a state dict (visual.conv1.weight, ...)") from None
+
+
 def main():
-    ap = argparse.ArgumentParser(description="List the models and their sizes.")
-    ap.add_argument("--model", help="list this model's parameters")
-    args = ap.parse_args()
-    with torch.device("meta"):                                     # shapes without memory
+    parser = argparse.ArgumentParser(description="List the models and their sizes.")
+    parser.add_argument("--model", help="list this model's parameters")
+    args = parser.parse_args()
+    with torch.device("meta"):                  # shapes without memory
         if args.model:
             for name, p in build(args.model).named_parameters():
                 print(f"{name:55} {tuple(p.shape)}")
             return
-        print(f"{'model':20} {'image tower':>13} {'text tower':>13} {'total':>13}  image/patch  dim  pooling")
+        print(f"{'model':20} {'image tower':>13} {'text tower':>13} {'total':>13}  "
+              "image/patch  dim  pooling")
         for name, c in CONFIGS.items():
-            m = build(name)
-            print(f"{name:20} {count(m.visual):13,} {count(m) - count(m.visual) - 1:13,} {count(m):13,}  {c['image_size']:5}/{c['patch_size']:<5} "
-                  f"{c['embed_dim']:4}  {c['pool']}")
+            model = build(name)
+            image, total = count(model.visual), count(model)
+            print(f"{name:20} {image:13,} {total - image - 1:13,} {total:13,}  "
+                  f"{c['image_size']:5}/{c['patch_size']:<5} {c['embed_dim']:4}  {c['pool']}")
 
 
 if __name__ == "__main__":

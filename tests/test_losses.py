@@ -1,19 +1,24 @@
-"""Every loss against a loop-by-loop transcription of its paper, and against the mistakes that public copies of it make.
+"""Every loss against papers.py, the papers in loops, and against the mistakes that copies make
 
-    pytest tests/test_losses.py             # fifteen seconds on one core
-    pytest tests/test_losses.py -k trap     # the mistakes, but for those that need two processes: they are at the end
+    pytest tests/test_losses.py             # some twenty seconds on one core
+    pytest tests/test_losses.py -k trap     # the mistakes; those of many processes are at the end
 
-The slow_ functions follow the equations as printed (PACL, GLoRIA and MGCA: as their public code computes them, with SPARC's changes), in
-float64, and use nothing of losses.py: read them beside the paper and losses.py.
-A trap test computes the mistake itself and shows that it gives another value or gradient, so a copy that made it would fail here.
-Two traps lie elsewhere: the mask made from ids in test_data.py, the text's mean over padding in test_model.py.
+A trap test computes the mistake itself and shows that it gives another value or gradient, so a
+copy that made it would fail here. Two traps lie elsewhere: the mask made from ids in test_data.py,
+the text's mean over padding in test_model.py.
 """
 import contextlib
 import datetime
+import fractions
 import functools
+import inspect
 import math
 import os
+import pathlib
 import re
+import runpy
+import subprocess
+import sys
 import types
 
 import pytest
@@ -23,603 +28,1126 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import losses
+import papers
 
-HALVES = [(range(0, 2), 5), (range(2, 4), 8)]        # which pairs each of two processes holds, and how long its captions are padded
-QUARTERS = [(range(0, 1), 3), (range(1, 2), 5), (range(2, 3), 8), (range(3, 4), 6)]            # the same of four
-
-
-# -------------------------------------------------------------------------------------------------------------- the papers, slowly
-nce = lambda scores, i: -torch.log(torch.exp(scores[i]) / sum(torch.exp(s) for s in scores))
-cos = lambda x, y: (x / x.norm()) @ (y / y.norm())
-softmax = lambda scores: [torch.exp(x) / sum(torch.exp(y) for y in scores) for x in scores]
+FOLDER = pathlib.Path(losses.__file__).parent
+FILES = ("data", "model", "losses", "train", "eval", "visualize")
+HALVES = [([0, 1], 5), ([2, 3], 8)]     # each process: its pairs, and how long its captions are
+QUARTERS = [([0], 3), ([1], 5), ([2], 8), ([3], 6)]
 
 
-def both_ways(score, n):
-    """InfoNCE of score(i, j), the mean of both directions."""
-    x = [[score(i, j) for j in range(n)] for i in range(n)]
-    return sum(nce(x[k], k) + nce([row[k] for row in x], k) for k in range(n)) / (2 * n)
-
-
-def slow_clip(v, t, g):
-    """SPARC's equation (1)."""
-    B = range(len(v))
-    return sum(nce([g * cos(v[i], t[j]) for j in B], i) + nce([g * cos(t[i], v[j]) for j in B], i) for i in B) / (2 * len(B))
-
-
-def slow_filip(V, T, M, g, keep=1, workers=None):
-    """FILIP's equations (3) to (5), then (1). Each worker is (its pairs, its padded caption length); tokens are selected within it."""
-    (B, P, _), L = V.shape, T.shape[1]
-    patches = [[V[i, k] / V[i, k].norm() for k in range(P)] for i in range(B)]
-    words = [[T[j, l] / T[j, l].norm() for l in range(L) if M[j, l]] for j in range(B)]
-
-    def best(mine, others, n):                          # the tokens with the largest (3) among all samples of the other side
-        score = [max((x @ y).item() for other in others for y in other) for x in mine]
-        return [mine[k] for k in sorted(range(len(mine)), key=lambda k: -score[k])[:max(1, int(keep * n))]]
-
-    sent_patches, sent_words = [], []
-    for members, length in workers or [(range(B), L)]:
-        sent_patches += [best(patches[i], [words[j] for j in members], P) for i in members]
-        sent_words += [best(words[j], [patches[i] for i in members], length) for j in members]
-    s_image = lambda i, j: sum(max(p @ w for w in sent_words[j]) for p in patches[i]) / len(patches[i])        # (3), (4)
-    s_text = lambda i, j: sum(max(p @ w for p in sent_patches[i]) for w in words[j]) / len(words[j])           # (5)
-    return sum(nce([g * s_image(k, j) for j in range(B)], k) / B + nce([g * s_text(j, k) for j in range(B)], k) / B for k in range(B)) / 2  # (1)
-
-
-def slow_sparc(v, t, V, T, M, g, global_weight=0.5, local_weight=1.0, sigma=None, softmax=False, drop_special=False):
-    (B, P, _), L, local = V.shape, T.shape[1], []
-    sigma = 1 / P if sigma is None else sigma
-    for b in range(B):
-        words, c = [T[b, l] for l in range(L) if M[b, l]], []
-        for w in words:
-            s = [w @ V[b, p] for p in range(P)]
-            s_hat = [(x - min(s)) / (max(s) - min(s)) for x in s]                              # (2)
-            s_til = [x if x >= sigma else 0 * x for x in s_hat]                                # (3)
-            s_til = [torch.exp(x) for x in s] if softmax else s_til
-            a = [x / sum(s_til) for x in s_til]                                                # (4)
-            c.append(sum(a[p] * V[b, p] for p in range(P)))                                    # (5)
-        words, c = (words[1:-1], c[1:-1]) if drop_special else (words, c)
-        local += [(nce([g * cos(c[l], w) for w in words], l) + nce([g * cos(words[l], x) for x in c], l)) / 2 for l in range(len(words))]
-    return global_weight * slow_clip(v, t, g) + local_weight * sum(local) / len(local)         # (6), mean over all tokens; (7)
-
-
-def slow_soft_clip(x, y, g, alpha=0.2, normalised=False):
-    """PyramidCLIP's equations (1) to (3)."""
-    N, total = len(x), 0
-    for a, b in ((x, y), (y, x)):
-        for i in range(N):
-            p = softmax([g * cos(a[i], b[j]) for j in range(N)])                               # (1); for N = 1 it is 1, its log 0
-            target = [(1 - alpha) * (i == j) + (0 if normalised and i == j else alpha / max(1, N - 1)) for j in range(N)]      # (2)
-            total -= sum(target[j] * torch.log(p[j]) for j in range(N)) / (2 * N)              # (3)
-    return total
-
-
-def slow_pyramid(v_g, v_l, v_r, l_s, l_t, l_a, g, alpha, lam, mu, normalised=False):
-    soft = lambda x, y: slow_soft_clip(x, y, g, alpha, normalised)
-    peer, cross_global, cross_local = soft(v_g, l_s) + soft(v_l, l_t), soft(v_g, l_a) + soft(v_r, l_s), soft(v_l, l_a) + soft(v_r, l_t)
-    return (1 - lam - mu) * peer / 2 + lam * cross_global / 2 + mu * cross_local / 2           # (4)
-
-
-def slow_pacl(V, t, g, pool_temperature=1):
-    def phi(i, j):                                      # patches pooled by their cosine with this text
-        a = softmax([cos(p, t[j]) / pool_temperature for p in V[i]])
-        return cos(sum(x * p / p.norm() for x, p in zip(a, V[i])), t[j])
-    return both_ways(lambda i, j: g * phi(i, j), len(V))
-
-
-def slow_gloria(v, t, V, T, M, g, g_local, single_softmax=False, mean_words=False):
-    def Z(i, j):
-        words = [w for w, real in zip(T[j], M[j]) if real]
-        s = [[w @ p / len(p) ** 0.5 for p in V[i]] for w in words]
-        s = s if single_softmax else list(zip(*(softmax(of_patch) for of_patch in zip(*s))))   # over words, then below over patches
-        c = [sum(x * p for x, p in zip(softmax([4 * x for x in of_word]), V[i])) for of_word in s]
-        z = sum(torch.exp(5 * cos(w, x)) for w, x in zip(words, c))
-        return torch.log(z / len(words) if mean_words else z)
-    return slow_clip(v, t, g) + both_ways(lambda i, j: g_local * Z(i, j), len(V))
-
-
-def slow_sinkhorn(z, eps=0.05, iters=3):
-    """In the linear form of the public code: first each prototype gets an equal share, then each sample gives one."""
-    Q = torch.exp(z / eps)
-    for _ in range(iters):
-        for k in range(Q.shape[1]):
-            Q[:, k] /= Q[:, k].sum() * Q.shape[1]
-        for b in range(Q.shape[0]):
-            Q[b] /= Q[b].sum() * Q.shape[0]
-    return Q * Q.shape[0]
-
-
-def slow_mgca(v, t, V, T, M, parameters):
-    (g_ita, g_cta, g_cpa), C = parameters["log_scales"].exp(), parameters["prototypes"]
-    C = C + (torch.stack([c / c.norm() for c in C]) - C).detach()                              # made unit vectors before use, no gradient
-
-    def look(name, x, others):
-        layer = lambda part, x: parameters[f"{name}.{part}.weight"] @ x + parameters[f"{name}.{part}.bias"]
-        q = layer("q", x)
-        a = softmax([q @ layer("k", y) / len(q) ** 0.5 for y in others])
-        return layer("out", sum(x * layer("v", y) for x, y in zip(a, others)))
-
-    cta = [[], []]                                      # of all words, of all patches
-    for b in range(len(V)):
-        words, patches = [w for w, real in zip(T[b], M[b]) if real], list(V[b])
-        for n, name, mine, others in ((0, "words_see", words, patches), (1, "patches_see", patches, words)):
-            seen = [look(name, x, others) for x in mine]
-            cta[n] += len(mine) * [both_ways(lambda l, m: g_cta * cos(mine[l], seen[m]), len(mine))]             # their mean, once for each
-    z_v, z_t = ([[c @ (x / x.norm()) for c in C] for x in y] for y in (v, t))
-    q_v, q_t = (slow_sinkhorn(torch.stack([torch.stack(x) for x in z]).detach()) for z in (z_v, z_t))
-    swapped = lambda q, z: sum(x * torch.log(p) for x, p in zip(q, softmax([g_cpa * y for y in z])))     # one side's code predicted by the other
-    cpa = -sum(swapped(q_v[b], z_t[b]) + swapped(q_t[b], z_v[b]) for b in range(len(v))) / (2 * len(v))
-    return slow_clip(v, t, g_ita) + sum(sum(x) / len(x) for x in cta) + cpa
-
-
-# -------------------------------------------------------------------------------------------------------------------- small pieces
+# ------------------------------------------------------------------------------------ small pieces
 def pairs(P=4, D=5, dtype=torch.float64, scale=10.):
-    """Four pairs, captions of 3, 5, 8 and 4 real tokens. Padded positions hold random vectors, as a text tower leaves them.
-    v and t are also PyramidCLIP's global crop and caption, v_l v_r l_s l_a its other views; "mgca.x" is the parameter x of an MGCA."""
-    draw, shapes = torch.Generator().manual_seed(0), {"v": (D,), "t": (D,), "V": (P, D), "T": (8, D)}
-    shapes |= {k: (D,) for k in ("v_l", "v_r", "l_s", "l_a")}
-    f = {k: torch.randn(4, *shape, generator=draw, dtype=torch.float64).to(dtype) for k, shape in shapes.items()}
-    wide = torch.promote_types(dtype, torch.float32)                                           # a model keeps its parameters in full precision
-    f |= {f"mgca.{k}": torch.randn(x.shape, generator=draw, dtype=torch.float64).to(wide) / 2 for k, x in losses.MGCA(D, 7, 3).named_parameters()}
-    return f | {"M": torch.arange(8) < torch.tensor([3, 5, 8, 4])[:, None], "log_scale": torch.tensor(scale, dtype=wide).log()}
+    """Four pairs, captions of 3, 5, 8 and 4 real tokens. Padding is random, as a tower leaves it.
+
+    v and t are also PyramidCLIP's global crop and caption, v_l v_r l_s l_a its other views;
+    "mgca.x" is the parameter x of an MGCA. A model keeps its parameters in full precision.
+    """
+    draw = torch.Generator().manual_seed(2)
+    shapes = {"v": (D,), "t": (D,), "V": (P, D), "T": (8, D)}
+    shapes |= {name: (D,) for name in ("v_l", "v_r", "l_s", "l_a")}
+    f = {}
+    for name, shape in shapes.items():
+        f[name] = torch.randn(4, *shape, generator=draw, dtype=torch.float64).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, x in losses.MGCA(D, 7, 3).named_parameters():
+        drawn = torch.randn(x.shape, generator=draw, dtype=torch.float64)
+        f[f"mgca.{name}"] = drawn.to(wide) / 2
+    f["M"] = torch.arange(8) < torch.tensor([3, 5, 8, 4])[:, None]
+    f["log_scale"] = torch.tensor(scale, dtype=wide).log()
+    return f
 
 
-def shared(name):
-    return name == "log_scale" or name.startswith("mgca.")                                     # a parameter, the others are features
+def is_parameter(name):
+    return name == "log_scale" or name.startswith("mgca.")
 
 
 def subset(f, rows, length=8):
-    f = {k: x if shared(k) else x[list(rows)] for k, x in f.items()}
-    return f | {k: f[k][:, :length] for k in ("T", "M") if k in f}
+    """Some of the pairs, in the order of rows, their captions padded to length."""
+    f = {name: x if is_parameter(name) else x[list(rows)] for name, x in f.items()}
+    for name in ("T", "M"):
+        if name in f:
+            f[name] = f[name][:, :length]
+    return f
 
 
-def run(loss_fn, f, context=contextlib.nullcontext()):
-    """-> loss, {name: gradient}; only the forward pass runs in the context."""
+def single(f):
+    """f with fp32 in place of every other floating dtype."""
+    return {name: x.float() if x.is_floating_point() else x for name, x in f.items()}
+
+
+def run(loss_of, f, *more, context=contextlib.nullcontext()):
+    """-> loss_of(f, *more), {name: gradient}; only the forward pass runs in the context."""
     leaves = {k: x.detach().clone().requires_grad_() for k, x in f.items() if x.is_floating_point()}
     with context:
-        loss = loss_fn(f | leaves)
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return loss.detach(), {k: torch.zeros_like(x) if d is None else d for (k, x), d in zip(leaves.items(), grads)}
+        loss = loss_of(f | leaves, *more)
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    grads = {}
+    for (name, leaf), grad in zip(leaves.items(), found):
+        grads[name] = torch.zeros_like(leaf) if grad is None else grad
+    return loss.detach(), grads
 
 
-def same(a, b, value=1e-9, gradient=1e-7):             # NaN is the same as nothing
-    return bool((a[0] - b[0]).abs() <= value) and all(bool(((a[1][k] - b[1][k]).abs() <= gradient).all()) for k in a[1])
+def same(a, b, value=1e-9, gradient=1e-7):
+    """Two results of run agree. NaN agrees with nothing."""
+    if not (a[0] - b[0]).abs() <= value:
+        return False
+    return all(bool(((a[1][name] - b[1][name]).abs() <= gradient).all()) for name in a[1])
 
 
 def finite(result):
     return all(bool(x.isfinite().all()) for x in (result[0], *result[1].values()))
 
 
-CLIP = lambda f: (f["v"], f["t"], f["log_scale"].exp())
-FILIP = lambda f: (f["V"], f["T"], f["M"], f["log_scale"].exp())
-SPARC = lambda f: (f["v"], f["t"], *FILIP(f))
-PACL = lambda f: (f["V"], f["t"], f["log_scale"].exp())
-GLORIA = lambda f: (*SPARC(f), f["log_scale"].exp() / 2)
-PYRAMID = lambda f: (f["v"], f["v_l"], f["v_r"], f["l_s"], f["t"], f["l_a"], f["log_scale"].exp())
-MGCA = lambda f: SPARC(f)[:5]
-ARGS = types.SimpleNamespace(keep=1., gather_dtype="fp32", hard_targets=False, alpha=0.3, lam=0.2, mu=0.5, terms=losses.SIX, global_weight=0.7,
-                             local_weight=1.3, sigma="1/P", softmax=False, drop_special=False)            # the options of train.py
+def bf16_autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------- the objectives
+SPARC_WEIGHTS = {"global_weight": 0.7, "local_weight": 1.3}
+PYRAMID_WEIGHTS = {"alpha": 0.3, "lam": 0.2, "mu": 0.5}
+CASES = {                                               # an objective and its options
+    "clip": ("clip", {}),
+    "filip": ("filip", {}),
+    "filip keep=0.5": ("filip", {"keep": 0.5}),
+    "filip keep=0.1": ("filip", {"keep": 0.1}),
+    "filip keep=0.5 one-sided": ("filip", {"keep": 0.5, "one_sided": True}),
+    "filip keep=0.1 one-sided": ("filip", {"keep": 0.1, "one_sided": True}),
+    "clip+filip": ("clip+filip", {}),
+    "pyramid": ("pyramid", PYRAMID_WEIGHTS),
+    "pacl": ("pacl", {}),
+    "gloria": ("gloria", {}),
+    "mgca": ("mgca", {}),
+    "sparc": ("sparc", SPARC_WEIGHTS),
+    "sparc sigma=0": ("sparc", SPARC_WEIGHTS | {"sigma": 0}),
+    "sparc sigma=0.5": ("sparc", SPARC_WEIGHTS | {"sigma": 0.5}),
+    "sparc softmax": ("sparc", SPARC_WEIGHTS | {"softmax": True}),
+    "sparc per-text": ("sparc", SPARC_WEIGHTS | {"per_text": True}),
+}
+FILIP_CASES = [name for name in CASES if "filip" in name]
+every_case = pytest.mark.parametrize("name", CASES)
 
 
 def mgca_parameters(f):
-    parameters = {k[5:]: x for k, x in f.items() if k.startswith("mgca.")}
-    return parameters | {"log_scales": parameters["log_scales"] + f["log_scale"]}              # so that its scales follow that of pairs()
+    """Those of losses.MGCA by name. Its scales follow that of pairs()."""
+    parameters = {name[5:]: x for name, x in f.items() if name.startswith("mgca.")}
+    return parameters | {"log_scales": parameters["log_scales"] + f["log_scale"]}
 
 
-def mgca(f, *inputs, head=losses.MGCA(5, 7, 3)):
-    return functional_call(head, mgca_parameters(f), inputs or MGCA(f))
+def mgca_head(f, *inputs):
+    return functional_call(losses.MGCA(5, 7, 3), mgca_parameters(f), inputs)
 
 
-filip = lambda **kw: (lambda f: losses.filip_loss(*FILIP(f), **kw), lambda f: slow_filip(*FILIP(f), **kw))
-pacl_pooled = lambda f: (lambda x: losses.info_nce(x, x.T))(f["log_scale"].exp() * losses.pacl_similarity(f["V"], f["t"], 0.3))
-pacl = lambda **kw: (lambda f: losses.pacl_loss(*PACL(f), **kw), lambda f: slow_pacl(*PACL(f), **kw))
-gloria = lambda **kw: (lambda f: losses.gloria_loss(*GLORIA(f), **kw)["loss"], lambda f: slow_gloria(*GLORIA(f), **kw))
-pyramid = lambda *a: (lambda f: losses.pyramid_loss(*PYRAMID(f), *a[:3], normalised=len(a) > 3)["loss"], lambda f: slow_pyramid(*PYRAMID(f), *a))
-sparc = lambda **kw: (lambda f: losses.sparc_loss(*SPARC(f), 0.7, 1.3, **kw)["loss"], lambda f: slow_sparc(*SPARC(f), 0.7, 1.3, **kw))
-FAST_SLOW = {"clip": (lambda f: losses.clip_loss(*CLIP(f)), lambda f: slow_clip(*CLIP(f))),
-             "filip": filip(), "filip keep=0.5": filip(keep=0.5), "filip keep=0.1": filip(keep=0.1),
-             "sparc": sparc(), "sparc sigma=0": sparc(sigma=0), "sparc sigma=0.5": sparc(sigma=0.5),
-             "sparc softmax": sparc(softmax=True), "sparc drop_special": sparc(drop_special=True),
-             "pyramid": pyramid(0.3, 0.2, 0.5), "pyramid normalised": pyramid(0.3, 0.2, 0.5, True), "pacl": pacl(), "gloria": gloria(),
-             "pacl pool_temperature=0.3": (pacl_pooled, lambda f: slow_pacl(*PACL(f), 0.3)),
-             "gloria single_softmax": gloria(single_softmax=True), "gloria mean_words": gloria(mean_words=True),
-             "mgca": (lambda f: mgca(f)["loss"], lambda f: slow_mgca(*MGCA(f), mgca_parameters(f))),
-             "clip+filip": (lambda f: losses.OBJECTIVES["clip+filip"](f | {"scale": f["log_scale"].exp()}, ARGS, None)["loss"],
-                            lambda f: slow_clip(*CLIP(f)) + slow_filip(*FILIP(f)))}
-FAST = {name: fast for name, (fast, slow) in FAST_SLOW.items()}
-every_loss = pytest.mark.parametrize("name", FAST)
+def make_head(f, objective):
+    """In place of the objective's head, one whose parameters are in f."""
+    if objective == "mgca":
+        return functools.partial(mgca_head, f)
+    if objective == "gloria":
+        return types.SimpleNamespace(log_scale=f["log_scale"] - math.log(2))
+    return None
 
 
-# ------------------------------------------------------------------------------------------------------------------ every objective
-@every_loss
-@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [1]])   # the second: B = 1
+def parts(f, name, **more):
+    """What train.py gets from an objective: {"loss", part ...}."""
+    objective, options = CASES[name]
+    f = f | {"scale": f["log_scale"].exp()}
+    return losses.OBJECTIVES[objective].loss(f, make_head(f, objective), **options, **more)
+
+
+def ours(f, name):
+    return parts(f, name)["loss"]
+
+
+def ours_in_fp16(f, name):
+    return parts(f, name, gather_dtype=torch.float16)["loss"]
+
+
+def paper_clip(f, g):
+    return papers.clip(f["v"], f["t"], g)
+
+
+def paper_filip(f, g, **options):
+    return papers.filip(f["V"], f["T"], f["M"], g, **options)
+
+
+def paper_clip_filip(f, g):
+    return paper_clip(f, g) + paper_filip(f, g)
+
+
+def paper_pyramid(f, g, **options):
+    views = (f[name] for name in ("v", "v_l", "v_r", "l_s", "t", "l_a"))
+    return papers.pyramid(*views, g, **options)
+
+
+def paper_pacl(f, g):
+    return papers.pacl(f["V"], f["t"], g)
+
+
+def paper_gloria(f, g):
+    return papers.gloria(f["v"], f["t"], f["V"], f["T"], f["M"], g, g / 2)
+
+
+def paper_mgca(f, g):
+    return papers.mgca(f["v"], f["t"], f["V"], f["T"], f["M"], mgca_parameters(f))
+
+
+def paper_sparc(f, g, **options):
+    return papers.sparc(f["v"], f["t"], f["V"], f["T"], f["M"], g, **options)
+
+
+PAPERS = {"clip": paper_clip, "filip": paper_filip, "clip+filip": paper_clip_filip,
+          "pyramid": paper_pyramid, "pacl": paper_pacl, "gloria": paper_gloria,
+          "mgca": paper_mgca, "sparc": paper_sparc}
+
+
+def paper(f, name, **more):
+    """The same in loops."""
+    objective, options = CASES[name]
+    return PAPERS[objective](f, f["log_scale"].exp(), **options, **more)
+
+
+# --------------------------------------------------------------------------------- every objective
+@every_case
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [1]])
 def test_equals_the_paper(name, rows):
-    fast, slow = (run(fn, subset(pairs(), rows)) for fn in FAST_SLOW[name])
-    assert fast[0].dtype == torch.float64 and finite(fast) and same(fast, slow)
+    """Value and every gradient, the scale's too; also for one pair alone."""
+    f = subset(pairs(), rows)
+    fast = run(ours, f, name)
+    assert fast[0].dtype == torch.float64 and finite(fast) and same(fast, run(paper, f, name))
 
 
-@every_loss
-def test_padding_and_order_change_nothing(name):
-    f, n, order = pairs(), 1 if "keep" in name else 5, [2, 0, 3, 1]    # keep: floor(keep * padded length) positions, so not one more
-    loss, grads = run(FAST[name], f)
-    longer = f | {"T": torch.cat([f["T"], 9 * torch.randn(4, n, 5, dtype=torch.float64)], 1), "M": F.pad(f["M"], (0, n))}
-    assert same((loss, grads | {"T": F.pad(grads["T"], (0, 0, 0, n))}), run(FAST[name], longer))
-    assert same((loss, subset(grads, order)), run(FAST[name], subset(f, order)))
+@every_case
+@pytest.mark.parametrize("more", [1, 40])
+def test_padding_and_order_change_nothing(name, more):
+    f, order = pairs(), [2, 0, 3, 1]
+    loss, grads = run(ours, f, name)
+    longer = torch.cat([f["T"], 9 * torch.randn(4, more, 5, dtype=torch.float64)], 1)
+    padded = run(ours, f | {"T": longer, "M": F.pad(f["M"], (0, more))}, name)
+    assert same((loss, grads | {"T": F.pad(grads["T"], (0, 0, 0, more))}), padded)
+    assert same((loss, subset(grads, order)), run(ours, subset(f, order), name))
 
 
-@every_loss
+@every_case
 def test_zero_vectors_and_ties_are_finite(name):
+    """Ties: vectors that are alike within a sample and across samples."""
     f, tied = pairs(), pairs()
-    for x in (f["v"][0], f["t"][1], f["V"][0, 1], f["V"][2], f["T"][1, 0], f["T"][3], f["v_l"][2], f["l_a"][0], f["mgca.prototypes"][3]):
+    zeros = (f["v"][0], f["t"][1], f["V"][0, 1], f["V"][2], f["T"][1, 0], f["T"][3], f["v_l"][2],
+             f["l_a"][0], f["mgca.prototypes"][3])
+    for x in zeros:
         x.zero_()
-    for x in (tied["V"][0], tied["V"][1:3], tied["T"][2], tied["T"][1:3], tied["v"], tied["t"][:2]):     # alike within a sample and across
+    alike = (tied["V"][0], tied["V"][1:3], tied["T"][2], tied["T"][1:3], tied["v"], tied["t"][:2])
+    for x in alike:
         x[...] = x.flatten(0, -2)[0].clone()
-    assert finite(run(FAST[name], f)) and finite(run(FAST[name], tied))
+    assert finite(run(ours, f, name)) and finite(run(ours, tied, name))
 
 
-@every_loss
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_precision(name, dtype):
-    f, raised = pairs(dtype=dtype), {k: x.float() if x.is_floating_point() else x for k, x in pairs(dtype=dtype).items()}
-    autocast, exact = torch.autocast("cpu", torch.bfloat16), run(FAST[name], raised)
-    with autocast:
-        assert FAST[name](pairs()).dtype == torch.float64                                      # float64 is never lowered
-    for result in (run(FAST[name], f), run(FAST[name], f, autocast)):
-        assert result[0].dtype == torch.float32 and finite(result) and all(d.dtype == f[k].dtype for k, d in result[1].items())
+    """fp32 throughout, whatever the inputs and autocast say; only FILIP's products may be lower."""
+    f = pairs(dtype=dtype)
+    exact = run(ours, single(f), name)
+    with bf16_autocast():
+        assert ours(pairs(), name).dtype == torch.float64       # float64 is never lowered
+    for result in (run(ours, f, name), run(ours, f, name, context=bf16_autocast())):
+        assert result[0].dtype == torch.float32 and finite(result)
+        assert all(grad.dtype == f[k].dtype for k, grad in result[1].items())
         if "filip" not in name:
-            assert result[0] == exact[0]                # float32 throughout, whatever the inputs and autocast say
-    if dtype == torch.float32 and "filip" not in name:
-        assert same(result, exact, 0, 0)
+            assert result[0] == exact[0]
+            assert dtype != torch.float32 or same(result, exact, 0, 0)
 
 
+def test_unit_is_normalize():
+    """Its gradient too, 1e6 times the incoming one at a zero vector."""
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    x[1, 2] = 0
+    weights = torch.randn_like(x)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, z = losses.unit(a), F.normalize(b, dim=-1, eps=1e-6)
+    y.backward(weights)
+    z.backward(weights)
+    assert (y[1, 2] == 0).all() and (y - z).abs().max() < 1e-15
+    assert (a.grad - b.grad).abs().max() < 1e-9
+    for dtype in (torch.float16, torch.bfloat16):               # computed in fp32, then rounded
+        half = x.to(dtype)
+        assert torch.equal(losses.unit(half), F.normalize(half.float(), dim=-1).to(dtype))
+
+
+def test_unit_is_differentiable_twice():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(losses.unit, x)
+    assert torch.autograd.gradgradcheck(losses.unit, x)
+
+
+def test_unit_under_torch_func():
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+
+    def weighted(x):
+        return (losses.unit(x) * torch.arange(5)).sum()
+
+    a = x.clone().requires_grad_()
+    weighted(a).backward()
+    torch.testing.assert_close(torch.func.grad(weighted)(x), a.grad)
+    torch.testing.assert_close(torch.func.vmap(losses.unit)(x), losses.unit(x))
+    each = torch.stack([torch.func.grad(weighted)(part) for part in x])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(weighted))(x), each)
+
+
+@pytest.mark.parametrize("name", ["clip", "sparc", "filip"])
+def test_losses_are_differentiable_twice(name):
+    """FILIP in its dense form."""
+    f = subset(pairs(scale=2.), [0, 1])
+
+    def loss(T, v, t):
+        return ours(f | {"T": T, "v": v, "t": t}, name)
+
+    inputs = [f[k].clone().requires_grad_() for k in ("T", "v", "t")]
+    assert torch.autograd.gradgradcheck(loss, inputs, fast_mode=True)
+
+
+# ------------------------------------------------------------------- calls by position, by keyword
+INPUTS = {"x": "v", "y": "t", "v_g": "v", "l_t": "t", "z": "V"}         # name: feature of pairs()
+
+
+def inputs_of(function, f):
+    """{name: value} of what a function of losses.py cannot be called without."""
+    f = f | {"scale": f["log_scale"].exp(), "scale_local": f["log_scale"].exp() / 2}
+    called = losses.MGCA.forward if function is losses.MGCA else function
+    named = {}
+    for name, parameter in inspect.signature(called).parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind != parameter.VAR_KEYWORD
+        if required and name != "self":
+            named[name] = f[INPUTS.get(name, name)]
+    if function is losses.sinkhorn:
+        named["z"] = named["z"][0]
+    return named
+
+
+def value_and_gradients(function, named):
+    """-> a weighted sum of all that function(**named) returns, and its gradients. Also for MGCA."""
+    import inspect
+    import torch
+
+    if inspect.isclass(function):
+        torch.manual_seed(0)
+        function = function(5, 7, 3).double()
+    called = {}
+    for name, x in named.items():
+        called[name] = x.detach().clone().requires_grad_(x.is_floating_point())
+    out = function(**called)
+    if isinstance(out, dict):
+        out = list(out.values())
+    elif torch.is_tensor(out):
+        out = [out]
+    total = sum((x * (torch.arange(x.numel()).view(x.shape) + 1).cos()).sum() for x in out)
+    if not total.requires_grad:
+        return [total]
+    leaves = [x for x in called.values() if x.requires_grad]
+    return [total.detach(), *torch.autograd.grad(total, leaves, materialize_grads=True)]
+
+
+CONTRACT = {
+    "unit": "(x)",
+    "gather": "(x, dtype=None)",
+    "clip_loss": "(v, t, scale)",
+    "sparc_alignment": "(V, T, sigma=None, softmax=False)",
+    "sparc_loss": "(v, t, V, T, M, scale, global_weight=0.5, local_weight=1.0, sigma=None, "
+                  "softmax=False, per_text=False)",
+    "filip_similarity": "(V, T, M)",
+    "filip_loss": "(V, T, M, scale, keep=1.0, gather_dtype=None, one_sided=False)",
+    "clip_filip_loss": "(v, t, V, T, M, scale, **options)",
+    "soft_clip_loss": "(x, y, scale, alpha=0.2)",
+    "pyramid_loss": "(v_g, v_l, v_r, l_s, l_t, l_a, scale, alpha=0.2, lam=0.3333333333333333, "
+                    "mu=0.3333333333333333, terms=('GS', 'LT', 'GA', 'RS', 'LA', 'RT'))",
+    "pacl_similarity": "(V, t)",
+    "pacl_loss": "(V, t, scale, gather_dtype=None)",
+    "gloria_similarity": "(V, T, M)",
+    "gloria_loss": "(v, t, V, T, M, scale, scale_local, gather_dtype=None)",
+    "sinkhorn": "(z, eps=0.05, iters=3)",
+    "MGCA": "(dim, prototypes=500, width=128)",
+}
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_public_functions(name):
+    """Their signatures are the contract, and each can be called by position and by keyword."""
+    function = getattr(losses, name)
+    assert str(inspect.signature(function)) == CONTRACT[name]
+    named = inputs_of(function, pairs())
+    if name == "MGCA":
+        torch.manual_seed(0)
+        function = losses.MGCA(5, 7, 3).double()
+    by_position = function(*named.values())
+    torch.testing.assert_close(function(**named), by_position)
+    in_half = {k: x.half() if x.is_floating_point() else x for k, x in named.items()}
+    if name not in ("unit", "gather", "filip_similarity"):
+        if name == "MGCA":
+            function.float()
+        out = function(**in_half)
+        out = out["loss"] if isinstance(out, dict) else out
+        assert out.dtype == torch.float32                       # raised by keyword too
+
+
+def test_clip_and_sparc_by_keywords_under_autocast():
+    f = pairs(dtype=torch.float32)
+    v, t, V, T, M, scale = (f[k] for k in ("v", "t", "V", "T", "M", "log_scale"))
+    with bf16_autocast():
+        assert losses.clip_loss(v=v, t=t, scale=scale) == losses.clip_loss(v, t, scale)
+        assert losses.clip_loss(v=v, t=t, scale=10.).dtype == torch.float32
+        by_keyword = losses.sparc_loss(v=v, t=t, V=V, T=T, M=M, scale=scale)
+        assert by_keyword == losses.sparc_loss(v, t, V, T, M, scale)
+
+
+# ------------------------------------------------------------------------------------------- SPARC
+def test_sparc_alignment():
+    """Rows sum to 1; None is 1/P; 0 drops the smallest only, 1 keeps the largest only."""
+    f = pairs()
+    a = {sigma: losses.sparc_alignment(f["V"], f["T"], sigma) for sigma in (None, 0, 0.25, 1)}
+    for x in a.values():
+        torch.testing.assert_close(x.sum(-1), torch.ones(4, 8, dtype=torch.float64))
+    assert torch.equal(a[None], a[0.25]) and not torch.equal(a[0], a[0.25])
+    assert ((a[0] > 0).sum(-1) == 3).all() and ((a[1] > 0).sum(-1) == 1).all()
+    V, word = torch.tensor([[[0.], [1.], [2.], [4.]]]), torch.ones(1, 1, 1)
+    by_hand = torch.tensor([0, 0, 1 / 3, 2 / 3])                # eq. 2 gives 0, 1/4, 1/2, 1
+    torch.testing.assert_close(losses.sparc_alignment(V, word, 0.5)[0, 0], by_hand)
+
+
+def test_sparc_with_equal_patches():
+    f = pairs()
+    for V in (f["V"][:, :1].expand(-1, 4, -1), torch.zeros_like(f["V"])):
+        assert (losses.sparc_alignment(V, f["T"]) == 1 / 4).all()
+        assert finite(run(ours, f | {"V": V}, "sparc"))
+    f["V"] = f["V"][:, :1].repeat(1, 4, 1)
+    assert same(run(ours, f, "sparc"), run(paper, f, "sparc"))
+
+
+def test_sparc_parts_add_up():
+    f = pairs()
+    out = parts(f, "sparc")
+    assert out["global"] == ours(f, "clip")
+    assert out["loss"] == 0.7 * out["global"] + 1.3 * out["local"]
+
+
+def test_sparc_per_text_weighs_texts_alike():
+    """Eq. 6 as printed. Only where captions are equally long is it the mean over all tokens."""
+    f = pairs()
+    printed, of_tokens = ours(f, "sparc per-text"), ours(f, "sparc")
+    assert (printed - of_tokens).abs() > 1e-3
+    alone = [parts(subset(f, [i]), "sparc")["local"] for i in range(4)]
+    torch.testing.assert_close(parts(f, "sparc per-text")["local"], sum(alone) / 4)
+    f["M"] = torch.arange(8) < torch.full((4, 1), 5)
+    torch.testing.assert_close(ours(f, "sparc per-text"), ours(f, "sparc"))
+
+
+# ------------------------------------------------------------------------------------------- FILIP
 def test_filip_similarity_under_autocast():
-    V, T, M, _ = FILIP(pairs(dtype=torch.float32))
+    """The products are meant to be bf16, the means are not."""
+    V, T, M = (pairs(dtype=torch.float32)[k] for k in "VTM")
     exact = losses.filip_similarity(V, T, M)
-    with torch.autocast("cpu", torch.bfloat16):
+    with bf16_autocast():
         lower = losses.filip_similarity(V, T, M)
-    for x, y in zip(exact, lower):                      # the products are meant to be bf16, the means are not
+    for x, y in zip(exact, lower):
         assert x.dtype == y.dtype == torch.float32 and 0 < (x - y).abs().max() < 0.02
 
 
-def test_filip_tie_goes_to_one_token():
+@pytest.mark.parametrize("dense", [math.inf, 0])
+def test_filip_tie_goes_to_one_token(monkeypatch, dense):
+    """One patch with tied words, one word with tied patches: amax would share the gradient."""
+    monkeypatch.setattr(losses, "DENSE", dense)
     many, one = pairs()["T"][:1, :1].repeat(1, 8, 1).requires_grad_(), pairs()["V"][:1, :1]
-    for side, (V, T) in enumerate([(one, many), (many, one)]):                                 # one patch, tied words; one word, tied patches
+    for side, (V, T) in enumerate([(one, many), (many, one)]):
         s = losses.filip_similarity(V, T, torch.ones(T.shape[:2], dtype=torch.bool))[side]
-        assert (torch.autograd.grad(s.sum(), many)[0] != 0).any(-1).sum() == 1                 # amax would share it among all eight
+        grad = torch.autograd.grad(s.sum(), many)[0]
+        assert (grad != 0).any(-1).sum() == 1
 
 
-def test_sparc_alignment():
+@pytest.mark.parametrize("keep", [0.25, 0.5, 0.1, 0.29, 0.07, 1 / 3])
+def test_filip_keeps_a_share_of_each_text(keep):
+    """floor(keep n) of a text's own n real tokens, at least one, however long the others are."""
+    torch.manual_seed(0)
+    real = torch.arange(100) < torch.arange(1, 101)[:, None]
+    x, others = torch.randn(100, 100, 2), torch.randn(3, 2)
+    share = fractions.Fraction(keep).limit_denominator(100)
+    expected = [max(1, math.floor(share * n)) for n in range(1, 101)]
+    tokens, mask = losses.best_tokens(x, real, others, keep)
+    assert mask.sum(1).tolist() == expected and tokens.shape == (100, max(expected), 2)
+    assert (mask[:, 1:] <= mask[:, :-1]).all()
+
+
+def test_filip_keeps_the_best_tokens():
+    """Those of the largest eq. 3 over the others, in order; their gradient reaches the tokens."""
     f = pairs()
-    a = {sigma: losses.sparc_alignment(f["V"], f["T"], sigma) for sigma in (None, 0, 0.25, 1)}
-    assert all(torch.allclose(x.sum(-1), torch.ones((), dtype=x.dtype)) for x in a.values())
-    assert torch.equal(a[None], a[0.25]) and not torch.equal(a[0], a[0.25])                    # None is 1/P, and it does something
-    assert ((a[0] > 0).sum(-1) == 3).all() and ((a[1] > 0).sum(-1) == 1).all()                 # all but the minimum, which is 0; only the maximum
-    V, word = torch.tensor([[[0.], [1.], [2.], [4.]]]), torch.ones(1, 1, 1)                    # (2) gives 0, 1/4, 1/2, 1
-    torch.testing.assert_close(losses.sparc_alignment(V, word, 0.5)[0, 0], torch.tensor([0, 0, 1 / 3, 2 / 3]))      # sigma itself is kept
-    for V in (f["V"][:, :1].expand(-1, 4, -1), torch.zeros_like(f["V"])):                      # all patches equal
-        assert (losses.sparc_alignment(V, f["T"]) == 1 / 4).all() and finite(run(FAST["sparc"], f | {"V": V}))
-    parts = losses.sparc_loss(*SPARC(f), 0.7, 1.3)
-    assert parts["global"] == FAST["clip"](f) and parts["loss"] == 0.7 * parts["global"] + 1.3 * parts["local"]
-    bos_eot = run(FAST["sparc drop_special"], f | {"M": torch.arange(8) < torch.full((4, 1), 2)})
-    assert bos_eot[0] == 0.7 * parts["global"] and finite(bos_eot)                             # no word left: the local loss is 0, not NaN
+    x = f["T"].clone().requires_grad_()
+    others = f["V"].flatten(0, 1)
+    tokens, mask = losses.best_tokens(x, f["M"], others, 0.5)
+    score = (F.normalize(x, dim=-1) @ F.normalize(others, dim=-1).T).amax(-1)
+    for b, n in enumerate([1, 2, 4, 2]):
+        best = score[b, f["M"][b]].topk(n).indices
+        assert torch.equal(tokens[b, mask[b]], x[b, best])
+    tokens[mask].sum().backward()
+    assert (x.grad != 0).any(-1).sum(1).tolist() == [1, 2, 4, 2]
 
 
-def interaction(B, C, P, L, draw=lambda *shape: F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)):
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_filip_never_keeps_padding(one_sided):
+    """Tied tokens, and padding that is as good as the best of them, or better."""
+    name = "filip keep=0.5 one-sided" if one_sided else "filip keep=0.5"
+    f = pairs()
+    f["T"] = f["T"][:, :1].repeat(1, 8, 1)
+    f["V"] = f["V"][:, :1].repeat(1, 4, 1)
+    tied = ours(f, name)
+    torch.testing.assert_close(tied, paper(f, name))
+    for better in (f["T"], f["V"][:, :1].expand(-1, 8, -1)):
+        padded = f | {"T": torch.where(f["M"][..., None], f["T"], better)}
+        loss, grads = run(ours, padded, name)
+        assert loss == tied and (grads["T"][~f["M"]] == 0).all()
+
+
+def test_filip_one_sided_and_two_sided_differ():
+    """With all tokens they are one."""
+    f = pairs()
+    assert (ours(f, "filip keep=0.5") - ours(f, "filip keep=0.5 one-sided")).abs() > 1e-2
+    whole = losses.filip_loss(f["V"], f["T"], f["M"], 10., one_sided=True)
+    torch.testing.assert_close(whole, losses.filip_loss(f["V"], f["T"], f["M"], 10.))
+
+
+# ------------------------------------------------------------------------------- the same, faster
+def unit_vectors(*shape):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def small_integers(*shape):
+    return torch.randint(-1, 2, shape)
+
+
+def interaction(B, C, P, L, draw=unit_vectors):
+    """-> V, T of dimension 8 and a mask of random lengths."""
     torch.manual_seed(0)
     return draw(B, P, 8), draw(C, L, 8), torch.arange(L) < torch.randint(1, L + 1, (C, 1))
 
 
-@pytest.mark.parametrize("dtype, ties, value, gradient", [
-    (torch.float64, False, 1e-9, 1e-9), (torch.float64, True, 1e-9, 1e-9), (torch.float32, False, 1e-6, 1e-6), (torch.bfloat16, True, 1e-5, 2e-2),
-    (torch.bfloat16, False, 2 ** -8, math.inf)])
-def test_filip_by_blocks_equals_its_plain_twin(monkeypatch, dtype, ties, value, gradient):
-    """ties: products of small integers are exact in any dtype, and mostly alike. Otherwise bf16's rounding decides which is the largest."""
-    V, T, M = interaction(26, 40, 33, 32, *[lambda *shape: torch.randint(-1, 2, shape)] * ties)              # large enough for blocks
+def weighted_similarities(f, weights, M):
+    s_image, s_text = losses.filip_similarity(f["V"], f["T"], M)
+    return (weights[0] * s_image + weights[1] * s_text).sum()
+
+
+def stacked_similarities(V, T, M):
+    return torch.stack(losses.filip_similarity(V, T, M))
+
+
+def as_it_is(x):
+    return x
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """FILIP by blocks, always, and of so many products; -> the list of the calls' blocks."""
+    used, late_blocks = [], losses.late_blocks
+
+    def recorded(V, T, M):
+        used.append(list(late_blocks(V, T, M)))
+        return used[-1]
+
+    def set_size(elements):
+        monkeypatch.setattr(late_blocks, "__defaults__", (elements,))
+        monkeypatch.setattr(losses, "late_blocks", recorded)
+        monkeypatch.setattr(losses, "DENSE", 0)
+        return used
+
+    return set_size
+
+
+@pytest.mark.parametrize("name", FILIP_CASES)
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [1]])
+def test_filip_by_blocks_equals_the_paper(small_blocks, name, rows):
+    """Blocks of one picture, then of three."""
+    f = subset(pairs(), rows)
+    exact = run(paper, f, name)
+    for elements in (1, 3 * 4 * 4 * 8):
+        used = small_blocks(elements)
+        assert same(run(ours, f, name), exact) and used
+
+
+@pytest.mark.parametrize("dtype, draw, value, gradient", [
+    (torch.float64, unit_vectors, 1e-9, 1e-9),
+    (torch.float64, small_integers, 1e-9, 1e-9),
+    (torch.float32, unit_vectors, 1e-6, 1e-6),
+    (torch.bfloat16, small_integers, 1e-5, 2e-2),
+    (torch.bfloat16, unit_vectors, 2 ** -8, math.inf)])
+def test_filip_by_blocks_equals_the_dense_form(monkeypatch, small_blocks, dtype, draw, value,
+                                               gradient):
+    """Products of small integers are exact in any dtype, and mostly tied. Of other vectors bf16's
+    rounding decides which product is the largest, so gradients may go elsewhere."""
+    V, T, M = interaction(26, 40, 33, 32, draw)
     f = {"V": V.to(dtype), "T": T.to(dtype)}
-    weights, used = torch.randn(2, 26, 40, dtype=torch.promote_types(dtype, torch.float32)), []
-    monkeypatch.setattr(losses._BlockedLateInteraction, "elements", 7 * 33 * 32 * 32)          # blocks of some seven pictures with 32 texts
-    blocks = losses._BlockedLateInteraction.blocks
-    monkeypatch.setattr(losses._BlockedLateInteraction, "blocks", staticmethod(lambda *x: used.extend([list(blocks(*x))]) or used[-1]))
-    for a, b in zip(losses.late_interaction(*f.values(), M), losses._late_interaction(*f.values(), M)):
+    weights = torch.randn(2, 26, 40, dtype=torch.promote_types(dtype, torch.float32))
+    monkeypatch.setattr(losses, "unit", as_it_is)
+    monkeypatch.setattr(losses, "DENSE", math.inf)
+    plain = losses.filip_similarity(f["V"], f["T"], M)
+    exact = run(weighted_similarities, f, weights, M)
+    used = small_blocks(7 * 33 * 32 * 32)               # some seven pictures with 32 texts
+    for a, b in zip(losses.filip_similarity(f["V"], f["T"], M), plain):
         assert a.dtype == b.dtype == weights.dtype and (a - b).abs().max() <= value
-    ours, plain = (run(lambda f: sum((w * s).sum() for w, s in zip(weights, fn(f["V"], f["T"], M))), f)
-                   for fn in (losses.late_interaction, losses._late_interaction))
-    assert len(used) == 3 and [len(c) for c, *_ in used[0]] == [32, 8] and 26 % used[0][0][4][0].stop
-    assert finite(ours) and (ours[1]["T"][~M] == 0).all() and all(ours[1][k].dtype == dtype for k in f)
-    for k, d in plain[1].items():
-        assert (ours[1][k] - d).abs().max() <= gradient * d.abs().max()
+    result = run(weighted_similarities, f, weights, M)
+    assert len(used) == 3 and [len(texts) for texts, *_ in used[0]] == [32, 8]
+    assert 26 % used[0][0][-1][0].stop                  # the last block is smaller
+    assert finite(result) and (result[1]["T"][~M] == 0).all()
+    for name, grad in exact[1].items():
+        assert result[1][name].dtype == dtype
+        assert (result[1][name] - grad).abs().max() <= gradient * grad.abs().max()
 
 
-def test_filip_blocks(monkeypatch):
-    for B, C, elements in ((5, 7, 600), (5, 300, 16000), (3, 2, 1)):
-        monkeypatch.setattr(losses._BlockedLateInteraction, "elements", elements)
-        seen, places = torch.zeros(B, C), []
-        M = torch.arange(5) < torch.randint(1, 6, (C, 1))
-        blocks = [(c, at, b) for c, at, *_, pictures in losses._BlockedLateInteraction.blocks(torch.zeros(B, 6, 1), torch.zeros(C, 5, 1), M) for b in pictures]
-        for c, at, b in blocks:
-            seen[b, c] += 1
-            places += range(C)[at] if b.start == 0 else []
-        assert (seen == 1).all() and len(blocks) > 1 and places == list(range(C))
-    monkeypatch.undo()
+@pytest.mark.parametrize("B, C, elements", [(5, 7, 600), (5, 300, 16000), (3, 2, 1)])
+def test_blocks_cover_each_pair_once(B, C, elements):
+    seen, places, count = torch.zeros(B, C), [], 0
+    M = torch.arange(5) < torch.randint(1, 6, (C, 1))
+    blocks = losses.late_blocks(torch.zeros(B, 6, 1), torch.zeros(C, 5, 1), M, elements)
+    for texts, at, _, _, pictures in blocks:
+        places += range(C)[at]
+        for b in pictures:
+            seen[b, texts] += 1
+            count += 1
+    assert (seen == 1).all() and count > 1 and places == list(range(C))
+
+
+def test_nan_comes_out_of_the_blocks(monkeypatch, small_blocks):
+    """An overflow upstream has to show, so that training stops, and not to crash here."""
     V, T, M = interaction(26, 40, 33, 32)
-    V[3, 5, 2] = math.nan                               # an overflow upstream: it has to come out, so that training stops, and not to crash here
-    ours, plain = losses.late_interaction(V.requires_grad_(), T, M), losses._late_interaction(V, T, M)
-    torch.testing.assert_close(ours, plain, equal_nan=True)
-    assert ours[0][3].isnan().all() and torch.autograd.grad(sum(ours).sum(), V)[0].shape == V.shape
+    V[3, 5, 2] = math.nan
+    monkeypatch.setattr(losses, "DENSE", math.inf)
+    plain = losses.filip_similarity(V, T, M)
+    assert small_blocks(7 * 33 * 32 * 32) == []
+    by_blocks = losses.filip_similarity(V.requires_grad_(), T, M)
+    torch.testing.assert_close(by_blocks, plain, equal_nan=True)
+    assert by_blocks[0][3].isnan().all()
+    assert torch.autograd.grad(sum(by_blocks).sum(), V)[0].shape == V.shape
 
 
-def test_unit_is_normalize():
-    x = torch.randn(3, 4, 5, dtype=torch.float64)
-    x[1, 2] = 0
-    g, (a, b) = torch.randn_like(x), (x.clone().requires_grad_() for _ in range(2))
-    y, z = losses.unit(a), F.normalize(b, dim=-1, eps=1e-6)
-    y.backward(g)
-    z.backward(g)
-    assert (y[1, 2] == 0).all() and (y - z).abs().max() < 1e-15
-    assert (a.grad - b.grad).abs().max() < 1e-9                    # 1e6 g at the zero vector, in both
+def test_blocks_cannot_be_differentiated_twice(small_blocks):
+    """They say so. The dense form can."""
+    small_blocks(1)
+    f = pairs()
+    V = f["V"].requires_grad_()
+    s_image, _ = losses.filip_similarity(V, f["T"], f["M"])
+    grad, = torch.autograd.grad(s_image.pow(2).sum(), V, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
 
 
-@pytest.mark.parametrize("similarity", [losses.gloria_similarity, lambda V, T, M: torch.stack(losses.late_interaction(V, T, M))])
-def test_parts_by_length_equal_the_whole(monkeypatch, similarity):
+@pytest.mark.parametrize("similarity", [losses.gloria_similarity, stacked_similarities])
+def test_parts_by_length_equal_the_whole(monkeypatch, small_blocks, similarity):
     """70 texts: parts of 32, 32 and 6, each cut to its longest; a mask need not be a prefix."""
     V, T, M = interaction(20, 70, 33, 32)
     M[:, 1] = M[:, 2]
-    parts = losses.by_length(M)
-    assert [len(c) for c, _ in parts] == [32, 32, 6] and torch.cat([c for c, _ in parts]).sort().values.equal(torch.arange(70))
-    assert all(M[c, L - 1].any() and not M[c, L:].any() for c, L in parts) and parts[0][1] < parts[1][1] < parts[2][1] == 32
-    f = {"V": V, "T": T}
-    run_ = lambda: run(lambda f: (similarity(f["V"], f["T"], M) * torch.arange(20 * 70).view(20, 70).sin()).sum(), f)
-    parted = run_()
-    monkeypatch.setattr(losses, "by_length", lambda M: [(torch.arange(70), 32)])
-    assert same(parted, run_())
+    every = losses.by_length(M)
+    assert [len(texts) for texts, _ in every] == [32, 32, 6]
+    assert torch.cat([texts for texts, _ in every]).sort().values.equal(torch.arange(70))
+    assert all(M[texts, L - 1].any() and not M[texts, L:].any() for texts, L in every)
+    assert every[0][1] < every[1][1] < every[2][1] == 32
+    small_blocks(7 * 33 * 32 * 32)
+
+    def weighted(f):
+        s = similarity(f["V"], f["T"], M)
+        return (s * torch.arange(20 * 70).view(20, 70).sin()).sum()
+
+    def one_part(M):
+        return [(torch.arange(70), 32)]
+
+    parted = run(weighted, {"V": V, "T": T})
+    monkeypatch.setattr(losses, "by_length", one_part)
+    assert same(parted, run(weighted, {"V": V, "T": T}))
 
 
 @pytest.mark.parametrize("n", [1, 3, 255, 256, 300])
 def test_first_max_is_torch_max(n):
-    for s in (torch.randint(3, (4, n, 5)), torch.randn(4, n, 5).bfloat16(), torch.zeros(4, n, 5)):
-        for ours, theirs in zip(losses._first_max(s, 1) + losses._first_max(s.mT, 2), (*s.max(1), *s.mT.max(2))):
-            assert torch.equal(ours.to(theirs.dtype), theirs)
+    drawn = (torch.randint(3, (4, n, 5)), torch.randn(4, n, 5).bfloat16(), torch.zeros(4, n, 5))
+    for s in drawn:
+        for x, dim in ((s, 1), (s.mT, 2)):
+            for fast, plain in zip(losses.first_max(x, dim), x.max(dim)):
+                assert torch.equal(fast.to(plain.dtype), plain)
 
 
-def test_pyramid_terms():
-    f, g, weights = pairs(), 10., {"peer": 0.3, "cross_global": 0.2, "cross_local": 0.5, "mismatched": 1 / 3}
-    sides = {"G": f["v"], "L": f["v_l"], "R": f["v_r"], "S": f["l_s"], "T": f["t"], "A": f["l_a"]}
-    mean = lambda *names: sum(slow_soft_clip(sides[x], sides[y], g) for x, y in names) / len(names)
-    run_ = lambda terms, without=(): losses.pyramid_loss(*(None if k in without else sides[k] for k in "GLRSTA"), g, lam=0.2, mu=0.5, terms=terms)
-    six = {"peer": mean("GS", "LT"), "cross_global": mean("GA", "RS"), "cross_local": mean("LA", "RT")}
-    for out, groups in ((run_(losses.SIX), six), (run_(losses.SIX + ("GT", "LS")), six | {"mismatched": mean("GT", "LS")}),
-                        (run_(losses.SIX + ("RA",)), six | {"peer": mean("GS", "LT", "RA")}), (run_(("GA",)), {"cross_global": mean("GA")}),
-                        (run_(("LT", "LA", "RT")), {"peer": mean("LT"), "cross_local": six["cross_local"]}),
-                        (run_(losses.SIX, "R"), six | {"cross_global": mean("GA"), "cross_local": mean("LA")}),
-                        (run_(losses.SIX + ("RA", "GT"), "RA"), {"peer": six["peer"], "mismatched": mean("GT")})):
-        expected = sum(weights[k] * x for k, x in groups.items()) / sum(weights[k] for k in groups)
-        torch.testing.assert_close(out, {"loss": expected, **groups})
-    torch.testing.assert_close(losses.soft_clip_loss(*CLIP(f), alpha=0.), losses.clip_loss(*CLIP(f)))
-    x = pairs(P=6)["V"]                                 # at scale 0 all is alike: log 6 times the sum of a row of targets
-    assert [round(losses.soft_clip_loss(x[0], x[1], 0., normalised=n).item() / math.log(6), 9) for n in (False, True)] == [1.04, 1]
+@pytest.mark.parametrize("name, pictures, sizes", [
+    ("pacl", 3, [3, 1]), ("gloria", 3, [3, 1]), ("pacl", 1, [1, 1, 1, 1])])
+def test_by_blocks_equals_the_whole(monkeypatch, name, pictures, sizes):
+    """Backward computes a block again outside autocast, as forward does."""
+    used, checkpoint = [], losses.checkpoint
+
+    def recorded(similarity, V, *text, **options):
+        used.append(len(V))
+        return checkpoint(similarity, V, *text, **options)
+
+    f, f32 = pairs(), pairs(dtype=torch.float32)
+    whole, whole32 = run(ours, f, name), run(ours, f32, name)
+    tokens = 4 if name == "pacl" else 4 * 8
+    monkeypatch.setattr(losses, "checkpoint", recorded)
+    elements = pictures * tokens * 4 + 1
+    monkeypatch.setitem(losses.by_blocks.__kwdefaults__, "elements", elements)
+    assert same(run(ours, f, name), whole) and used == sizes
+    assert same(run(ours, f32, name, context=bf16_autocast()), whole32, 1e-6, 1e-5)
 
 
-def test_similarities_of_all_pairs_are_those_of_each_alone():
-    """So every text has its own pooling of a picture's patches, and one picture, text, patch or word is not squeezed away."""
-    V, T, M, _ = FILIP(pairs())
-    for similarity in (lambda V, T, M: losses.pacl_similarity(V, T[:, 0]), losses.gloria_similarity, lambda *x: losses.filip_similarity(*x)[1]):
-        for V_, T_, M_ in ((V, T[:3], M[:3]), (V[:, :1], T[:3, :1], M[:3, :1])):
-            alone = [torch.cat([similarity(v[None], t[None], m[None]) for t, m in zip(T_, M_)], 1) for v in V_]
-            torch.testing.assert_close(similarity(V_, T_, M_), torch.cat(alone))
+# ------------------------------------------------------------------------------------- PyramidCLIP
+def slow_terms(f, *names):
+    """The mean of some of PyramidCLIP's terms in loops, at scale 10."""
+    pictures = {"G": f["v"], "L": f["v_l"], "R": f["v_r"]}
+    texts = {"S": f["l_s"], "T": f["t"], "A": f["l_a"]}
+    return papers.mean([papers.soft_clip(pictures[x], texts[y], 10.) for x, y in names])
 
 
-@pytest.mark.parametrize("name, pictures", [("pacl", 3), ("gloria", 3), ("pacl", 1)])
-def test_by_blocks_equals_the_whole(monkeypatch, name, pictures):
-    f, sizes, checkpoint = pairs(), [], losses.checkpoint
-    whole, whole32, autocast = run(FAST[name], f), run(FAST[name], pairs(dtype=torch.float32)), torch.autocast("cpu", torch.bfloat16)
-    monkeypatch.setattr(losses, "checkpoint", lambda fn, V, *text, **kw: [sizes.append(len(V)), checkpoint(fn, V, *text, **kw)][1])
-    monkeypatch.setitem(losses.by_blocks.__kwdefaults__, "elements", pictures * (4 if name == "pacl" else 4 * 8) * 4 + 1)     # texts, patches
-    assert same(run(FAST[name], f), whole) and sizes == {3: [3, 1], 1: [1, 1, 1, 1]}[pictures]
-    assert same(run(FAST[name], pairs(dtype=torch.float32), autocast), whole32, 1e-6, 1e-5)     # computed again outside autocast, as before
+SIX_GROUPS = {"peer": ("GS", "LT"), "cross_global": ("GA", "RS"), "cross_local": ("LA", "RT")}
+
+
+@pytest.mark.parametrize("terms, without, groups", [
+    (losses.SIX, "", SIX_GROUPS),
+    (losses.SIX + ("GT", "LS"), "", SIX_GROUPS | {"mismatched": ("GT", "LS")}),
+    (losses.SIX + ("RA",), "", SIX_GROUPS | {"peer": ("GS", "LT", "RA")}),
+    (("GA",), "", {"cross_global": ("GA",)}),
+    (("LT", "LA", "RT"), "", {"peer": ("LT",), "cross_local": ("LA", "RT")}),
+    (losses.SIX, "R", SIX_GROUPS | {"cross_global": ("GA",), "cross_local": ("LA",)}),
+    (losses.SIX + ("RA", "GT"), "RA", {"peer": ("GS", "LT"), "mismatched": ("GT",)})])
+def test_pyramid_terms(terms, without, groups):
+    """without: views that a data set has not. Weights of the groups that are left add up to 1."""
+    f = pairs()
+    views = {"G": f["v"], "L": f["v_l"], "R": f["v_r"], "S": f["l_s"], "T": f["t"], "A": f["l_a"]}
+    views |= {letter: None for letter in without}
+    out = losses.pyramid_loss(*views.values(), 10., lam=0.2, mu=0.5, terms=terms)
+    weights = {"peer": 0.3, "cross_global": 0.2, "cross_local": 0.5, "mismatched": 1 / 3}
+    expected = {group: slow_terms(f, *names) for group, names in groups.items()}
+    total = sum(weights[group] * x for group, x in expected.items())
+    total = total / sum(weights[group] for group in expected)
+    torch.testing.assert_close(out, {"loss": total, **expected})
+
+
+@pytest.mark.parametrize("terms, mu", [((), 1 / 3), (("RS", "RT"), 1 / 3), (("LA",), 0)])
+def test_pyramid_without_terms(terms, mu):
+    """No term, no view of a term, no weight: a sentence, not a loss of 0 or NaN."""
+    v, t = pairs()["v"], pairs()["t"]
+    with pytest.raises(ValueError, match="no term with a weight is left"):
+        losses.pyramid_loss(v, v, None, t, t, t, 10., mu=mu, terms=terms)
+
+
+def test_soft_targets():
+    """alpha = 0 is CLIP. At scale 0 all is alike: log 6 times 1.04, a row's sum of targets."""
+    f = pairs(P=6)
+    soft = losses.soft_clip_loss(f["v"], f["t"], 10., alpha=0.)
+    torch.testing.assert_close(soft, losses.clip_loss(f["v"], f["t"], 10.))
+    row = losses.soft_clip_loss(f["V"][0], f["V"][1], 0.) / math.log(6)
+    assert abs(row - 1.04) < 1e-9
+
+
+# ---------------------------------------------------------------------------- PACL, GLoRIA and MGCA
+def pacl_with_first_token(V, T, M):
+    return losses.pacl_similarity(V, T[:, 0])
+
+
+def similarity_of_texts(V, T, M):
+    return losses.filip_similarity(V, T, M)[1]
+
+
+@pytest.mark.parametrize("similarity", [pacl_with_first_token, losses.gloria_similarity,
+                                        similarity_of_texts])
+@pytest.mark.parametrize("n", [8, 1])
+def test_similarities_of_all_pairs_are_those_of_each_alone(similarity, n):
+    """Each text pools the patches for itself; one patch or word (n = 1) is not squeezed away."""
+    f = pairs()
+    V, T, M = f["V"][:, :n], f["T"][:3, :n], f["M"][:3, :n]
+    alone = [[similarity(v[None], t[None], m[None]) for t, m in zip(T, M)] for v in V]
+    table = torch.cat([torch.cat(row, 1) for row in alone])
+    torch.testing.assert_close(similarity(V, T, M), table)
 
 
 def test_sinkhorn():
-    z, ones = 2 * pairs(P=6)["V"][0].requires_grad_(), torch.ones(6, dtype=torch.float64)
+    """The papers' linear form; in the limit samples give 1 and prototypes share equally."""
+    z = 2 * pairs(P=6)["V"][0].requires_grad_()
     for options in ((), (0.5, 1)):
-        torch.testing.assert_close(losses.sinkhorn(z, *options), slow_sinkhorn(z.detach(), *options))
-    q, half = losses.sinkhorn(z, 4., 200), 20 * z.detach().half()
-    torch.testing.assert_close((q.sum(1), q.sum(0)), (ones, ones[:5] * 6 / 5))                 # samples give 1, prototypes share equally
-    assert not q.requires_grad and torch.equal(losses.sinkhorn(half), losses.sinkhorn(half.float()))
-    assert not slow_sinkhorn(half.float()).isfinite().all()                                    # trap: the linear form overflows
+        slow = papers.sinkhorn(z.detach(), *options)
+        torch.testing.assert_close(losses.sinkhorn(z, *options), slow)
+    q, ones = losses.sinkhorn(z, 4., 200), torch.ones(6, dtype=torch.float64)
+    torch.testing.assert_close((q.sum(1), q.sum(0)), (ones, ones[:5] * 6 / 5))
+    assert not q.requires_grad
+    half = 20 * z.detach().half()
+    assert torch.equal(losses.sinkhorn(half), losses.sinkhorn(half.float()))
+    assert not papers.sinkhorn(half.float()).isfinite().all()   # trap: the linear form overflows
 
 
-def test_mgca_prototypes_freeze():
-    head, inputs = losses.MGCA(5, 7, 3, freeze_steps=2).double().eval(), MGCA(pairs())
-    for learns in (True, False, False, True, True):     # the first is in eval mode and does not count
-        head.prototypes.data *= 3
-        head.zero_grad()
-        head(*inputs)["cpa"].backward()
-        assert (head.prototypes.grad is not None) == learns and torch.allclose(head.prototypes.norm(dim=1), torch.ones(7).double())
-        head.train()
+def test_mgca_prototypes_stay_unit_vectors():
+    head = losses.MGCA(5, 7, 3).double()
+    head.prototypes.data *= 3
+    f = pairs()
+    head(*(f[k] for k in ("v", "t", "V", "T", "M")))["cpa"].backward()
+    torch.testing.assert_close(head.prototypes.norm(dim=1), torch.ones(7).double())
+    assert head.prototypes.grad.abs().sum() > 0
 
 
-def test_objectives_by_name():
-    """What train.py calls is what is tested here, and the parts add up."""
-    f, heads = pairs(), {"mgca": functools.partial(mgca, pairs()), "gloria": types.SimpleNamespace(log_scale=pairs()["log_scale"] - math.log(2))}
+# ---------------------------------------------------------------------- the record of an objective
+def test_every_objective_is_a_case():
+    assert {objective for objective, _ in CASES.values()} == set(losses.OBJECTIVES) == set(PAPERS)
+
+
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_objective(name):
+    """Each field of a record says what is the case."""
+    record, f = losses.OBJECTIVES[name], pairs()
+    _, grads = run(ours, f, name)
+    uses_v = bool((grads["v"] != 0).any())
+    assert record.trains_v == uses_v
+    out = parts(f, name)
+    assert out["loss"].shape == () and (not record.local or record.local in out)
+    assert callable(getattr(losses, record.function)) and "\n" not in record.about
     f |= {"scale": f["log_scale"].exp()}
-    out = {name: objective(f, ARGS, heads.get(name)) for name, objective in losses.OBJECTIVES.items()}
-    torch.testing.assert_close({name: x["loss"] for name, x in out.items()}, {name: FAST[name](f) for name in out})
+    defaults = {"keep": 1.0, "one_sided": False, "gather_dtype": None, "alpha": 0.2, "lam": 1 / 3,
+                "mu": 1 / 3, "terms": losses.SIX, "global_weight": 0.5, "local_weight": 1.0,
+                "sigma": None, "softmax": False, "per_text": False}
+    options = {option: defaults[option] for option in record.options}
+    head = make_head(f, name)
+    torch.testing.assert_close(record.loss(f, head, **options), record.loss(f, head))
+
+
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_score(name):
+    """What ranks texts for a picture, and pictures for a text: (B, C) both."""
+    record, f = losses.OBJECTIVES[name], pairs()
+    v, V = f["v"][:3], f["V"][:3]
+    i2t, t2i = record.score(v, V, f["t"], f["T"], f["M"])
+    cosines = F.normalize(v, dim=-1) @ F.normalize(f["t"], dim=-1).T
+    expected = {"filip": losses.filip_similarity(V, f["T"], f["M"]),
+                "pacl": 2 * (losses.pacl_similarity(V, f["t"]),)}.get(name, (cosines, cosines))
+    torch.testing.assert_close((i2t, t2i), expected)
+    assert record.late == (name == "filip") and i2t.shape == t2i.shape == (3, 4)
+
+
+def test_parts_of_objectives():
+    """The parts that are logged add up to the loss."""
+    f = pairs()
     for name in ("clip+filip", "gloria"):
-        assert out[name]["global"] == FAST["clip"](f) and out[name]["loss"] == out[name]["global"] + out[name]["local"]
-    x = out["mgca"]
-    assert x["ita"] == losses.clip_loss(f["v"], f["t"], x["scale"]) and abs(x["loss"] - x["ita"] - x["cta"] - x["cpa"]) < 1e-9
-    ablations = types.SimpleNamespace(**vars(ARGS) | {"hard_targets": True, "terms": ("GS",), "keep": 0.5, "sigma": 0.5})
-    x = {name: losses.OBJECTIVES[name](f, ablations, None)["loss"] for name in ("pyramid", "filip", "clip+filip", "sparc")}
-    torch.testing.assert_close(x["pyramid"], losses.clip_loss(f["v"], f["l_s"], f["scale"]))
-    assert (x["filip"], x["sparc"]) == (FAST["filip keep=0.5"](f), FAST["sparc sigma=0.5"](f)) and x["clip+filip"] == FAST["clip"](f) + x["filip"]
-    sizes = {name: [tuple(p.shape) for p in losses.make_head(name, 8).parameters()] for name in losses.OBJECTIVES}
-    attention = 2 * [*3 * [(128, 8), (128,)], (8, 128), (8,)]                                  # SPARC D.4: 1 head, 128 wide, 500 prototypes
-    assert sizes == {name: [] for name in sizes} | {"gloria": [()], "mgca": [(500, 8), (3,), *attention]}
+        out = parts(f, name)
+        assert out["global"] == ours(f, "clip")
+        assert out["loss"] == out["global"] + out["local"]
+    assert parts(f, "clip+filip")["local"] == ours(f, "filip")
+    out = parts(f, "mgca")
+    assert out["ita"] == losses.clip_loss(f["v"], f["t"], out["scale"])
+    assert abs(out["loss"] - out["ita"] - out["cta"] - out["cpa"]) < 1e-9
 
 
-# ------------------------------------------------------------------------------------------------------------------------ the traps
-def filip_with(f, mistake, keep):
+def test_options_of_objectives_reach_the_losses():
+    f = pairs() | {"scale": torch.tensor(10., dtype=torch.float64)}
+    hard = losses.OBJECTIVES["pyramid"].loss(f, None, alpha=0, terms=("GS",))["loss"]
+    torch.testing.assert_close(hard, losses.clip_loss(f["v"], f["l_s"], f["scale"]))
+    both = losses.OBJECTIVES["clip+filip"].loss(f, None, keep=0.5, one_sided=True)["loss"]
+    torch.testing.assert_close(both, ours(f, "clip") + ours(f, "filip keep=0.5 one-sided"))
+
+
+def test_pyramid_without_a_local_crop():
+    """The global crop stands in for it; regions and object names may be missing."""
+    f = pairs()
+    whole = {k: x for k, x in f.items() if k not in ("v_l", "v_r", "l_a")}
+    torch.testing.assert_close(parts(whole, "pyramid")["loss"],
+                               losses.pyramid_loss(f["v"], f["v"], None, f["l_s"], f["t"], None,
+                                                   10., **PYRAMID_WEIGHTS)["loss"])
+
+
+def test_heads():
+    """SPARC D.4: 1 head, 128 wide, 500 prototypes. GLoRIA learns a second scale."""
+    attention = 2 * [*3 * [(128, 8), (128,)], (8, 128), (8,)]
+    expected = {name: [] for name in losses.OBJECTIVES}
+    expected |= {"gloria": [()], "mgca": [(500, 8), (3,), *attention]}
+    for name, record in losses.OBJECTIVES.items():
+        shapes = [tuple(p.shape) for p in record.head(8).parameters()]
+        assert shapes == expected[name]
+
+
+# --------------------------------------------------------------------------------------- the traps
+def no_mask(x, M):
+    return x
+
+
+def mask_out(x, M):
+    return x.masked_fill(~M, -math.inf)
+
+
+def largest(score, n):
+    """(B,N), (B,) -> (B,N) mask of the n[b] largest of each row."""
+    rank = score.argsort(1, descending=True).argsort(1)
+    return rank < n.int().clamp(min=1)[:, None]
+
+
+def kept_with(s, M, keep, mistake):
+    """FILIP's selection from products s (B,C,P,L): masks of patches (B,P) and of words (C,L)."""
+    real, own = s.masked_fill(~M[None, :, None], -9), torch.eye(len(M)).bool()
+    of_patch, of_word = real.amax((1, 3)), real.amax((0, 2))
+    if mistake == "selection by sum":
+        of_patch, of_word = (s * M[None, :, None]).sum((1, 3)), s.sum((0, 2))
+    elif mistake == "selection by the own pair":
+        of_patch, of_word = real[own].amax(2), real[own].amax(1)
+    words = M.sum(1)
+    if mistake == "share of the padded length":
+        words = torch.full_like(words, M.shape[1])
+    patches = torch.full_like(words, s.shape[2])
+    return (largest(of_patch, keep * patches),
+            largest(of_word.masked_fill(~M, -99), keep * words) & M)
+
+
+def filip_similarity_with(s, M, patches, words, seen_patches, seen_words, mistake):
+    """Means over `patches` and `words`, of maxima over those of the other side that are seen."""
+    to_word = s.masked_fill(~(seen_words & M)[None, :, None], -9)
+    if mistake == "padding takes part in the max":
+        to_word = s
+    elif mistake == "padding as zero vectors":
+        to_word = s * M[None, :, None]
+    to_word = to_word.max(3).values                                             # (B, C, P)
+    to_patch = s.masked_fill(~seen_patches[:, None, :, None], -9).max(2).values       # (B, C, L)
+    s_image = (to_word * patches[:, None]).sum(2) / patches.sum(1, keepdim=True)
+    s_text = (to_patch * words).sum(2)
+    if mistake != "sum over words":
+        s_text = s_text / words.sum(1)
+    return s_image, s_text
+
+
+def filip_with(f, mistake, keep=1, one_sided=False):
     """FILIP in a short tensor form, with one mistake on demand."""
-    V, T, M, g = FILIP(f)
-    s, y, own = torch.einsum("bpd,cld->bcpl", F.normalize(V, dim=-1), F.normalize(T, dim=-1)), torch.arange(len(V)), torch.eye(len(V)).bool()
-    real, every = s.masked_fill(~M[None, :, None], -9), torch.ones(V.shape[:2]).bool()
-    score_p, score_l = {"selection by sum": ((s * M[None, :, None]).sum((1, 3)), s.sum((0, 2)).masked_fill(~M, -99)),
-                        "selection by the own pair": (real[own].amax(2), real[own].amax(1))}.get(mistake, (real.amax((1, 3)), real.amax((0, 2))))
-    sent_p, sent_l = (torch.zeros_like(x).scatter(1, x.topk(int(keep * x.shape[1])).indices, 1).bool() for x in (score_p, score_l))
-
-    def similarity(seen_p, seen_l, p, l):               # over the seen patches and words of the other side, mean over p and l of this side
-        to_word = {"padding takes part in the max": s, "padding as zero vectors": s * M[None, :, None]}.get(
-            mistake, s.masked_fill(~(seen_l & M)[None, :, None], -9)).max(3).values
-        to_patch = s.masked_fill(~seen_p[:, None, :, None], -9).max(2).values
-        return (to_word * p[:, None]).sum(2) / p.sum(1, keepdim=True), (to_patch * l).sum(2) / (1 if mistake == "sum over words" else l.sum(1))
-
-    s_image, s_text = similarity(sent_p, sent_l, *((sent_p, sent_l & M) if mistake == "both sides reduced" else (every, M)))
+    V, T, M = F.normalize(f["V"], dim=-1), F.normalize(f["T"], dim=-1), f["M"]
+    s = torch.einsum("bpd,cld->bcpl", V, T)
+    own, every = torch.eye(len(V)).bool(), torch.ones(V.shape[:2]).bool()
+    sent = kept_with(s, M, keep, mistake)
+    mine = (every, M) if one_sided else sent
+    if mistake == "the other form":
+        mine = sent if one_sided else (every, M)
+    s_image, s_text = filip_similarity_with(s, M, *mine, *sent, mistake)
     if mistake == "positive not reduced":
-        s_image, s_text = (torch.where(own, whole, x) for whole, x in zip(similarity(every, M, every, M), (s_image, s_text)))
-    columns = {"both over the same axis": s_text, "one matrix for both directions": s_image.T}.get(mistake, s_text.T)
+        whole = filip_similarity_with(s, M, every, M, every, M, mistake)
+        s_image = torch.where(own, whole[0], s_image)
+        s_text = torch.where(own, whole[1], s_text)
+    columns = s_text.T
+    if mistake == "both over the same axis":
+        columns = s_text
+    elif mistake == "one matrix for both directions":
+        columns = s_image.T
+    y, g = torch.arange(len(V)), f["log_scale"].exp()
     return (F.cross_entropy(g * s_image, y) + F.cross_entropy(g * columns, y)) / 2
+
+
+def sparc_weights_with(V, T, mistake):
+    if mistake == "patches normalised before the similarity":
+        V = F.normalize(V, dim=-1)
+    s = torch.einsum("bld,bpd->blp", T, V)
+    low, high = s.amin(-1, keepdim=True), s.amax(-1, keepdim=True)
+    tied = high - low < (0 if mistake == "0/0 when all patches tie" else 1e-6)
+    s = ((s - low) / (high - low).masked_fill(tied, 1)).masked_fill(tied, 1)
+    if mistake != "no threshold":
+        s = s.masked_fill(s < 1 / V.shape[1], 0)
+    a = s / s.sum(-1, keepdim=True)
+    return a.detach() if mistake == "weights detached" else a
 
 
 def sparc_local_with(f, mistake):
     """SPARC's local loss in a short tensor form, with one mistake on demand."""
-    V, T, M, g = FILIP(f)
-    (B, P, _), L, total = V.shape, T.shape[1], 0
-    s = torch.einsum("bld,bpd->blp", T, F.normalize(V, dim=-1) if mistake == "patches normalised before the similarity" else V)
-    low, width = s.amin(-1, keepdim=True), s.amax(-1, keepdim=True) - s.amin(-1, keepdim=True)
-    tied = width < (0 if mistake == "0/0 when all patches tie" else 1e-6)
-    s = ((s - low) / width.masked_fill(tied, 1)).masked_fill(tied, 1)
-    s = s if mistake == "no threshold" else s.masked_fill(s < 1 / P, 0)
-    a = s / s.sum(-1, keepdim=True)
-    a = a.detach() if mistake == "weights detached" else a
-    c = torch.einsum("blp,npd->bld" if mistake == "grouped over all images of the batch" else "blp,bpd->bld", a, V)
-    x = g * F.normalize(c, dim=-1) @ F.normalize(T, dim=-1).mT
+    V, T, M = f["V"], f["T"], f["M"]
+    L, total = T.shape[1], 0
+    grouped = mistake == "grouped over all images of the batch"
+    c = torch.einsum("blp,npd->bld" if grouped else "blp,bpd->bld",
+                     sparc_weights_with(V, T, mistake), V)
+    x = f["log_scale"].exp() * F.normalize(c, dim=-1) @ F.normalize(T, dim=-1).mT
+    padding = -math.inf if mistake == "padded rows of -inf times 0" else -1e9
     for x in (x, x.mT):
         if mistake != "padding as negatives":
-            x = x.masked_fill(~M[:, None], -math.inf if mistake == "padded rows of -inf times 0" else -1e9)
-        x = x if mistake == "cross_entropy over dim 1" else x.mT                               # PyTorch's classes are dim 1
-        ce = F.cross_entropy(x, torch.arange(L).expand(B, L), reduction="none") * M            # (B, L)
-        total = total + ((ce.sum(1) / M.sum(1)).mean() if mistake == "mean of the captions' means" else ce.sum() / M.sum()) / 2
+            x = x.masked_fill(~M[:, None], padding)
+        if mistake != "cross_entropy over dim 1":
+            x = x.mT                                            # PyTorch's classes are dim 1
+        own = torch.arange(L).expand(len(V), L)
+        ce = F.cross_entropy(x, own, reduction="none") * M      # (B, L)
+        if mistake == "mean of the captions' means":
+            total = total + (ce.sum(1) / M.sum(1)).mean() / 2
+        else:
+            total = total + ce.sum() / M.sum() / 2
     return total
 
 
 def pacl_with(f, mistake):
     """PACL with the pooled vectors made, (B,C,D), and one mistake on demand."""
-    V, t, g = PACL(f)
-    V, t, y = F.normalize(V, dim=-1), F.normalize(t, dim=-1), torch.arange(len(t))
-    pooled = torch.einsum("bcp,bpd->bcd", torch.einsum("bpd,cd->bcp", V, t).softmax(2), V)
-    pooled = pooled[y, y][:, None] if mistake == "pooled with the own caption only" else pooled
-    x = g * F.cosine_similarity(pooled, t[None], dim=2)
-    return (F.cross_entropy(x, y) + F.cross_entropy(x if mistake == "both over the same axis" else x.T, y)) / 2
+    V, t, y = F.normalize(f["V"], dim=-1), F.normalize(f["t"], dim=-1), torch.arange(4)
+    a = torch.einsum("bpd,cd->bcp", V, t).softmax(2)
+    pooled = torch.einsum("bcp,bpd->bcd", a, V)
+    if mistake == "pooled with the own caption only":
+        pooled = pooled[y, y][:, None]
+    x = f["log_scale"].exp() * F.cosine_similarity(pooled, t[None], dim=2)
+    columns = x if mistake == "both over the same axis" else x.T
+    return (F.cross_entropy(x, y) + F.cross_entropy(columns, y)) / 2
 
 
 def gloria_local_with(f, mistake):
     """GLoRIA's local loss with what each word sees made, (B,C,L,D), and one mistake on demand."""
-    V, T, M, g = FILIP(f)
-    y, mask = torch.arange(len(V)), lambda x, M, m: x if mistake == m else x.masked_fill(~M, -math.inf)
-    s = torch.einsum("bpd,cld->bclp", V, T) / V.shape[2] ** (1 if mistake == "divided by D" else 0.5)
-    w = mask(s, M[:, :, None], "padding in the softmax over words").softmax(2)
-    r = F.cosine_similarity(torch.einsum("bclp,bpd->bcld", (4 * w).softmax(3), V), T, dim=3)
-    x = g * mask(5 * r, M, "padding in the sum over words").logsumexp(2)
-    x = x.squeeze() if mistake == "squeeze" else x
-    return (F.cross_entropy(x, y) + F.cross_entropy(x if mistake == "both over the same axis" else x.T, y)) / 2
+    V, T, M, y = f["V"], f["T"], f["M"], torch.arange(len(f["V"]))
+    D = V.shape[2]
+    s = torch.einsum("bpd,cld->bclp", V, T) / (D if mistake == "divided by D" else D ** 0.5)
+    among_words = no_mask if mistake == "padding in the softmax over words" else mask_out
+    w = among_words(s, M[:, :, None]).softmax(2)
+    c = torch.einsum("bclp,bpd->bcld", (4 * w).softmax(3), V)
+    in_the_sum = no_mask if mistake == "padding in the sum over words" else mask_out
+    x = in_the_sum(5 * F.cosine_similarity(c, T, dim=3), M).logsumexp(2)
+    x = f["log_scale"].exp() / 2 * x
+    if mistake == "squeeze":
+        x = x.squeeze()
+    columns = x if mistake == "both over the same axis" else x.t()
+    return (F.cross_entropy(x, y) + F.cross_entropy(columns, y)) / 2
+
+
+def attend_with(parameters, name, x, others, mask=None):
+    def layer(part, y):
+        return F.linear(y, parameters[f"{name}.{part}.weight"], parameters[f"{name}.{part}.bias"])
+
+    q, k, v = layer("q", x), layer("k", others), layer("v", others)
+    return layer("out", F.scaled_dot_product_attention(q, k, v, mask))
 
 
 def mgca_cta_with(f, mistake):
     """MGCA's token alignment in a short tensor form, with one mistake on demand."""
-    V, T, M, p, total = f["V"], f["T"], f["M"], mgca_parameters(f), 0
-
-    def look(name, x, others, mask=None):
-        layer = lambda part, x: F.linear(x, p[f"{name}.{part}.weight"], p[f"{name}.{part}.bias"])
-        return layer("out", F.scaled_dot_product_attention(layer("q", x), layer("k", others), layer("v", others), mask))
-
-    words = look("words_see", T, V)
-    patches = look("patches_see", V, T, None if mistake == "patches look at padding" else M[:, None])
-    patches = patches if mistake == "attended patches not normalised" else F.normalize(patches, dim=-1)
-    for x, y, M_ in ((T, F.normalize(words, dim=-1), M), (V, patches, torch.ones(V.shape[:2]).bool())):
-        for s in (z := p["log_scales"][1].exp() * F.normalize(x, dim=-1) @ y.mT, z.mT):
-            s = s if mistake == "padding in the denominators" else s.masked_fill(~M_[:, None], -1e9)
-            total = total + (F.cross_entropy(s.mT, torch.arange(s.shape[1]).expand(s.shape[:2]), reduction="none") * M_).sum() / M_.sum() / 2
+    V, T, M, parameters = f["V"], f["T"], f["M"], mgca_parameters(f)
+    words = F.normalize(attend_with(parameters, "words_see", T, V), dim=-1)
+    keys = None if mistake == "patches look at padding" else M[:, None]
+    patches = attend_with(parameters, "patches_see", V, T, keys)
+    if mistake != "attended patches not normalised":
+        patches = F.normalize(patches, dim=-1)
+    total, g = 0, parameters["log_scales"][1].exp()
+    for x, y, real in ((T, words, M), (V, patches, torch.ones(V.shape[:2]).bool())):
+        z = g * F.normalize(x, dim=-1) @ y.mT
+        own = torch.arange(z.shape[1]).expand(z.shape[:2])
+        for s in (z, z.mT):
+            if mistake != "padding in the denominators":
+                s = s.masked_fill(~real[:, None], -1e9)
+            ce = F.cross_entropy(s.mT, own, reduction="none") * real
+            total = total + ce.sum() / real.sum() / 2
     return total
 
 
-TRAPS = [("filip", m) for m in ("both over the same axis", "one matrix for both directions", "padding takes part in the max",
-                                "padding as zero vectors", "sum over words")]
-TRAPS += [("filip keep=0.5", m) for m in ("selection by sum", "selection by the own pair", "positive not reduced", "both sides reduced")]
-TRAPS += [("sparc", m) for m in ("0/0 when all patches tie", "padded rows of -inf times 0", "padding as negatives", "cross_entropy over dim 1",
-                                 "grouped over all images of the batch", "weights detached", "patches normalised before the similarity",
-                                 "no threshold", "mean of the captions' means")]
-TRAPS += [("pacl", m) for m in ("pooled with the own caption only", "both over the same axis")]
-TRAPS += [("gloria", m) for m in ("divided by D", "padding in the softmax over words", "padding in the sum over words", "both over the same axis")]
-TRAPS += [("mgca", m) for m in ("attended patches not normalised", "padding in the denominators", "patches look at padding")]
-SHORT = {"sparc": (lambda f: losses.sparc_loss(*SPARC(f))["local"], sparc_local_with), "pacl": (FAST["pacl"], pacl_with),
-         "gloria": (lambda f: losses.gloria_loss(*SPARC(f), f["log_scale"].exp())["local"], gloria_local_with),
-         "mgca": (lambda f: mgca(f)["cta"], mgca_cta_with)}
+TRAPS = {
+    "filip": ("both over the same axis", "one matrix for both directions",
+              "padding takes part in the max", "padding as zero vectors", "sum over words"),
+    "filip keep=0.5": ("selection by sum", "selection by the own pair", "positive not reduced",
+                       "share of the padded length", "the other form"),
+    "filip keep=0.5 one-sided": ("selection by sum", "selection by the own pair",
+                                 "positive not reduced", "share of the padded length",
+                                 "the other form"),
+    "sparc": ("0/0 when all patches tie", "padded rows of -inf times 0", "padding as negatives",
+              "cross_entropy over dim 1", "grouped over all images of the batch",
+              "weights detached", "patches normalised before the similarity", "no threshold",
+              "mean of the captions' means"),
+    "pacl": ("pooled with the own caption only", "both over the same axis"),
+    "gloria": ("divided by D", "padding in the softmax over words",
+               "padding in the sum over words", "both over the same axis"),
+    "mgca": ("attended patches not normalised", "padding in the denominators",
+             "patches look at padding"),
+}
+SHORT = {"filip": filip_with, "sparc": sparc_local_with, "pacl": pacl_with,
+         "gloria": gloria_local_with, "mgca": mgca_cta_with}
 
 
-@pytest.mark.parametrize("name, mistake", TRAPS)
+def compared_part(f, name):
+    """The part of our loss that the short tensor form computes."""
+    part = {"sparc": "local", "gloria": "local", "mgca": "cta"}.get(name, "loss")
+    return parts(f, name)[part]
+
+
+def short_form(f, name, mistake):
+    objective, options = CASES[name]
+    options = options if objective == "filip" else {}
+    return SHORT[objective](f, mistake, **options)
+
+
+@pytest.mark.parametrize("name, mistake", [(name, m) for name, some in TRAPS.items() for m in some])
 def test_trap(name, mistake):
-    f, (fast, with_mistake) = pairs(), SHORT.get(name, (FAST[name], lambda f, m: filip_with(f, m, 0.5 if "keep" in name else 1)))
+    f = pairs()
     if name == "sparc":
-        f["V"][1] = f["V"][1, 0].clone()                # a picture of one colour: its patches all tie
-    ours, right, wrong = run(fast, f), run(lambda f: with_mistake(f, None), f), run(lambda f: with_mistake(f, mistake), f)
-    assert same(ours, right) and not same(ours, wrong, 1e-3, 1e-3)
+        f["V"][1] = f["V"][1, 0].clone()                # a picture of one colour: its patches tie
+    result, right = run(compared_part, f, name), run(short_form, f, name, None)
+    assert same(result, right)
+    assert not same(result, run(short_form, f, name, mistake), 1e-3, 1e-3)
 
 
-def test_filip_trap_positive_gets_more_tokens():
-    """Four times the same pair: nothing tells the own one apart, so the loss is log 4 unless it alone was allowed all its tokens."""
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_filip_trap_positive_gets_more_tokens(one_sided):
+    """Four times the same pair: nothing tells the own one apart, so the loss is log 4, unless the
+    own one alone was allowed all its tokens."""
     f = subset(pairs(), [2, 2, 2, 2])
-    assert abs(losses.filip_loss(*FILIP(f), keep=0.5) - math.log(4)) < 1e-9 and filip_with(f, "positive not reduced", 0.5) < math.log(4) - 0.05
+    loss = losses.filip_loss(f["V"], f["T"], f["M"], 10., keep=0.1, one_sided=one_sided)
+    assert abs(loss - math.log(4)) < 1e-9
+    wrong = filip_with(f, "positive not reduced", 0.1, one_sided)
+    assert abs(wrong - math.log(4)) > 0.05
 
 
 def test_filip_trap_mean_in_half_precision():
-    V, T, M, _ = FILIP(pairs(P=49, dtype=torch.float16))
-    s = torch.einsum("bpd,cld->bcpl", *(F.normalize(x.float(), dim=-1).half() for x in (V, T))).masked_fill(~M[None, :, None], -9).max(3).values
-    ours, exact = losses.filip_similarity(V, T, M)[0], s.double().mean(2)
-    assert (ours - exact).abs().max() < 1e-6 < 5e-5 < (s.mean(2) - exact).abs().max()          # times a scale of 100: 0.005 in a logit
+    """A mean of 49 fp16 numbers is off by 5e-5: times a scale of 100, 0.005 in a logit."""
+    f = pairs(P=49, dtype=torch.float16)
+    V, T = (F.normalize(f[k].float(), dim=-1).half() for k in "VT")
+    s = torch.einsum("bpd,cld->bcpl", V, T).masked_fill(~f["M"][None, :, None], -9).max(3).values
+    exact = s.double().mean(2)
+    s_image, _ = losses.filip_similarity(f["V"], f["T"], f["M"])
+    assert (s_image - exact).abs().max() < 1e-6
+    assert (s.mean(2) - exact).abs().max() > 5e-5
 
 
 def test_gloria_trap_squeeze():
-    one = subset(pairs(), [1])                          # B = 1: the 1 x 1 similarities become a number without rows
-    assert SHORT["gloria"][0](one) == gloria_local_with(one, None) == 0
+    """B = 1: the 1 x 1 similarities become a number without rows."""
+    one = subset(pairs(), [1])
+    assert compared_part(one, "gloria") == gloria_local_with(one, None) == 0
     with pytest.raises((IndexError, RuntimeError, ValueError)):
         gloria_local_with(one, "squeeze")
 
 
 @pytest.mark.parametrize("name", ["clip", "filip", "sparc", "gloria", "mgca", "pyramid"])
 def test_trap_exp_then_log(name):
-    """At scale 100 exp overflows float32. The slow versions do just that, and are right only because float64 reaches e^709."""
+    """At scale 100 exp overflows fp32. The loops do just that, and need float64 to be right."""
     f = pairs(P=8, scale=100.)
-    f |= {"t": f["v"], "T": f["V"], "M": torch.ones_like(f["M"])} | {k: f["v"] for k in ("v_l", "v_r", "l_s", "l_a")}
-    single = {k: x if k == "M" else x.float() for k, x in f.items()}
-    fast, slow = FAST_SLOW[name]
-    assert not slow(single).isfinite() and abs(fast(single) - slow(f)) < 1e-4
+    f |= {"t": f["v"], "T": f["V"], "M": torch.ones_like(f["M"])}
+    f |= {view: f["v"] for view in ("v_l", "v_r", "l_s", "l_a")}
+    assert not paper(single(f), name).isfinite()
+    assert abs(ours(single(f), name) - paper(f, name)) < 1e-4
 
 
 def test_trap_logits_in_bf16():
+    """With hard negatives, so that the rounding of logits matters."""
     f = pairs(dtype=torch.float32, D=64, scale=100.)
-    f["t"] = f["v"] + f["v"].roll(1, 0) + f["t"] / 4    # hard negatives, so that the rounding of logits matters
-    exact = slow_clip(*CLIP({k: x.double() for k, x in f.items()}))
-    with torch.autocast("cpu", torch.bfloat16):
+    f["t"] = f["v"] + f["v"].roll(1, 0) + f["t"] / 4
+    exact = papers.clip(f["v"].double(), f["t"].double(), 100.)
+    with bf16_autocast():
         x = 100 * F.normalize(f["v"], dim=-1) @ F.normalize(f["t"], dim=-1).T
         wrong = (F.cross_entropy(x, torch.arange(4)) + F.cross_entropy(x.T, torch.arange(4))) / 2
-        assert abs(losses.clip_loss(*CLIP(f)) - exact) < 1e-4 and abs(wrong - exact) > 1e-2
+        right = losses.clip_loss(f["v"], f["t"], f["log_scale"].exp())
+    assert abs(right - exact) < 1e-4 and abs(wrong - exact) > 1e-2
 
 
-@every_loss
+def with_clamped_scale(f, name):
+    return ours(f | {"log_scale": f["log_scale"].clamp(max=math.log(100))}, name)
+
+
+@every_case
 def test_trap_scale_clamped_in_the_forward(name):
-    """Beyond the bound its gradient is 0, so the scale could never come back; the clamp is a method, called after the step."""
-    clamped = run(lambda f: FAST[name](f | {"log_scale": f["log_scale"].clamp(max=math.log(100))}), pairs(scale=150.))
-    assert clamped[1]["log_scale"] == 0 and run(FAST[name], pairs(scale=150.))[1]["log_scale"].abs() > 1e-3
+    """Beyond the bound its gradient is 0, so the scale could never come back. train.py clamps it
+    after the step."""
+    clamped = run(with_clamped_scale, pairs(scale=150.), name)
+    free = run(ours, pairs(scale=150.), name)
+    assert clamped[1]["log_scale"] == 0 and free[1]["log_scale"].abs() > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------------------- two processes
-SPREAD = ("clip", "filip", "filip keep=0.5", "sparc", "sparc drop_special", "pyramid", "pyramid normalised", "pacl", "gloria", "mgca")
-HALF = {name: fn(gather_dtype=torch.float16)[0] for name, fn in (("filip", filip), ("pacl", pacl), ("gloria", gloria))}
-GATHERS = [(None, 1.), (torch.float16, 1.), (torch.float16, 1e-9)]                             # dtype of the transport, size of the gradient
+# --------------------------------------------------------------------------------- many processes
+SPREAD = ("clip", "filip", "filip keep=0.5", "filip keep=0.5 one-sided", "sparc", "sparc per-text",
+          "pyramid", "pacl", "gloria", "mgca")
+IN_FP16 = ("filip", "pacl", "gloria")                           # objectives that send tokens
+GATHERS = [(None, 1.), (torch.float16, 1.), (torch.float16, 1e-9)]      # dtype, size of gradients
+WIRE = {            # case: dtype of the tokens, gather_dtype, bytes of a number that is sent
+    "fp32 as they are": (torch.float32, None, 4),
+    "fp32 in fp16": (torch.float32, torch.float16, 2),
+    "bf16 as they are": (torch.bfloat16, None, 2),
+    "bf16 in fp32": (torch.bfloat16, torch.float32, 4)}
+PRINTED_SPREAD = ("clip", "filip", "pyramid", "pacl", "gloria", "mgca", "sparc", "gather")
 
 
 def start(rank, folder, split):
+    """Join the others -> this rank's pairs."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(split), timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                            world_size=len(split), timeout=datetime.timedelta(seconds=60))
     return subset(pairs(), *split[rank])
 
 
@@ -628,43 +1156,106 @@ def finish(rank, folder, out):
     dist.destroy_process_group()
 
 
-def bytes_sent(loss_fn, f):
-    """What this process hands to all_gather on the way forward, and gets back from reduce_scatter."""
-    size, sent, all_gather, reduce_scatter = lambda x: x.numel() * x.element_size(), [0, 0], losses._all_gather, losses._reduce_scatter
-    def forward(out, x):
-        sent[0] += size(x)
-        all_gather(out, x)
-    def backward(out, x):
-        sent[1] += size(out)
-        reduce_scatter(out, x)
-    losses._all_gather, losses._reduce_scatter = forward, backward
-    run(loss_fn, f)
-    losses._all_gather, losses._reduce_scatter = all_gather, reduce_scatter
+def counted(function, name, which):
+    """function, with the bytes of its argument number `which` added to its list `sent`."""
+    def counting(*tensors, **named):
+        counting.sent[name] += tensors[which].numel() * tensors[which].element_size()
+        return function(*tensors, **named)
+    return counting
+
+
+def bytes_sent(f, one_sided, keep, gather_dtype):
+    """What this process hands to all_gather and all_reduce, and gets from reduce_scatter."""
+    sent = {"gathered": 0, "returned": 0, "agreed": 0}
+    watched = {"all_gather_into_tensor": ("gathered", 1), "reduce_scatter_tensor": ("returned", 0),
+               "all_reduce": ("agreed", 0)}
+    plain = {function: getattr(dist, function) for function in watched}
+    for function, (name, which) in watched.items():
+        counting = counted(plain[function], name, which)
+        counting.sent = sent
+        setattr(dist, function, counting)
+
+    def loss(f):
+        return losses.filip_loss(f["V"], f["T"], f["M"], 10., keep, gather_dtype, one_sided)
+
+    run(loss, f)
+    for function, original in plain.items():
+        setattr(dist, function, original)
     return sent
 
 
+def all_bytes_sent(f):
+    out = {}
+    for case, (dtype, gather_dtype, _) in WIRE.items():
+        tokens = {"V": f["V"].to(dtype), "T": f["T"].to(dtype), "M": f["M"]}
+        for one_sided in (False, True):
+            for keep in (0.5, 1):
+                sent = bytes_sent(tokens, one_sided, keep, gather_dtype)
+                out[case, one_sided, keep] = sent
+    return out
+
+
+def message_of_second_gradient(x):
+    """What a second backward through the gather says."""
+    x = x.clone().requires_grad_()
+    grad, = torch.autograd.grad(losses.gather(x).pow(2).sum(), x, create_graph=True)
+    try:
+        grad.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def load(source):
+    """A printed module, from its text."""
+    module = types.ModuleType("printed")
+    exec(source, module.__dict__)
+    return module
+
+
+def printed_and_project(f):
+    """{name: [value and gradients by the printed module, by the project]}."""
+    out = {}
+    for name in PRINTED_SPREAD:
+        function = function_of(name)
+        named = inputs_of(function, f)
+        printed = getattr(load(losses.cut_out(name)), function.__name__)
+        out[name] = [value_and_gradients(printed, named), value_and_gradients(function, named)]
+    return out
+
+
 def two_processes(rank, folder):
-    """All that needs two processes, in one start-up: they cost seconds. The tests below compare the results."""
-    f, gather = start(rank, folder, HALVES), losses.gather                                     # captions padded to 5 here, to 8 there
-    out = {name: run(FAST[name], f) for name in SPREAD}
-    out |= {("fp16", name): run(fn, f) for name, fn in HALF.items()}
-    single = {k: x.float() if x.is_floating_point() else x for k, x in f.items()}
-    out["bytes"] = bytes_sent(filip(keep=0.5, gather_dtype=torch.float16)[0], single)
+    """All that needs two processes in one start, which costs seconds. Captions are padded to 5
+    here and to 8 there. The tests below compare the results."""
+    f, gather, labels = start(rank, folder, HALVES), losses.gather, losses.labels
+
+    def gather_without_gradient(x, dtype=None):
+        return gather(x.detach(), dtype)
+
+    def labels_without_rank(rows):
+        return torch.arange(len(rows))
+
+    out = {name: run(ours, f, name) for name in SPREAD}
+    out |= {("fp16", name): run(ours_in_fp16, f, name) for name in IN_FP16}
+    out["bytes"], out["printed"] = all_bytes_sent(f), printed_and_project(f)
+    out["twice"] = message_of_second_gradient(f["v"])
     for dtype, size in GATHERS:
         x = f["v"].clone().requires_grad_()
         y = gather(x, dtype)
         (y.double() * size * (rank + 1) * torch.arange(1, 5)[:, None]).sum().backward()
         out[dtype, size] = y.detach().double(), x.grad
-    losses.gather = lambda x, dtype=None: gather(x.detach(), dtype)                            # two mistakes: no gradient through gather ...
-    out |= {("no gradient", name): run(FAST[name], f) for name in SPREAD}
-    losses.gather, losses.labels = gather, lambda rows: torch.arange(len(rows))                # ... and labels that forget the rank
-    out |= {("labels", name): run(FAST[name], f) for name in SPREAD}
+    losses.gather = gather_without_gradient
+    out |= {("no gradient", name): run(ours, f, name) for name in SPREAD}
+    losses.gather, losses.labels = gather, labels_without_rank
+    out |= {("labels", name): run(ours, f, name) for name in SPREAD}
+    losses.labels, losses.DENSE = labels, 0
+    out |= {("blocks", name): run(ours, f, name) for name in SPREAD if "filip" in name}
     finish(rank, folder, out)
 
 
 def four_processes(rank, folder):
     f = start(rank, folder, QUARTERS)
-    finish(rank, folder, {name: run(FAST[name], f) for name in SPREAD})
+    finish(rank, folder, {name: run(ours, f, name) for name in SPREAD})
 
 
 def results(process, n, folder):
@@ -683,54 +1274,276 @@ def four_ranks(tmp_path_factory):
 
 
 def as_ddp(ranks, key):
-    """The whole batch's result from the ranks': the mean of their losses and of their parameters' gradients. A feature's gradient
-    is on the rank that owns it, where gather's backward has added what the other ranks' losses ask for; the mean divides it too."""
-    losses, grads = zip(*(r[key] for r in ranks))
-    W, padded = len(ranks), lambda k, x: F.pad(x, (0, 0, 0, 8 - x.shape[1])) if k == "T" else x
-    return sum(losses) / W, {k: (sum(g[k] for g in grads) if shared(k) else torch.cat([padded(k, g[k]) for g in grads])) / W for k in grads[0]}
+    """The whole batch's result from those of the ranks: the mean of their losses, and of their
+    parameters' gradients. A feature's gradient is on the rank that owns it, where the gather's
+    backward has added what the other ranks' losses ask for; the mean divides it too."""
+    W, grads = len(ranks), {}
+    for name in ranks[0][key][1]:
+        each = [rank[key][1][name] for rank in ranks]
+        if is_parameter(name):
+            grads[name] = sum(each) / W
+        else:
+            if name == "T":
+                each = [F.pad(x, (0, 0, 0, 8 - x.shape[1])) for x in each]
+            grads[name] = torch.cat(each) / W
+    return sum(rank[key][0] for rank in ranks) / W, grads
+
+
+def in_one_process(name, split):
+    """The whole batch at once. With keep < 1, ranks select among their own pairs."""
+    if "keep" not in name:
+        return run(ours, pairs(), name)
+
+    def in_groups(f):
+        return paper(f, name, groups=[rows for rows, _ in split])
+
+    return run(in_groups, pairs())
 
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_two_processes_equal_one(ranks, name):
-    one = run(FAST[name], pairs())
-    if "keep" in name:                                  # tokens are selected per process, so one process has to imitate two
-        one, alone = run(lambda f: slow_filip(*FILIP(f), keep=0.5, workers=HALVES), pairs()), one
-        assert not same(one, alone, 1e-3, 1e-3)
-    if name in HALF:                                    # as close as tokens sent in fp16 can be
-        assert same(as_ddp(ranks, ("fp16", name)), one, 1e-2, 1e-2) and not same(as_ddp(ranks, ("fp16", name)), one, 1e-9, 1e-9)
+    one = in_one_process(name, HALVES)
     assert same(as_ddp(ranks, name), one, 1e-9, 1e-9)
-    # traps: gather without gradient (right value, wrong gradients); wrong labels on rank 1
-    detached, mislabelled = as_ddp(ranks, ("no gradient", name)), as_ddp(ranks, ("labels", name))
-    assert abs(detached[0] - one[0]) < 1e-9 and not same(detached, one, 1, 1e-3) and abs(mislabelled[0] - one[0]) > 1e-3
-    # trap: plain accumulation of two half batches is not the whole batch, for each half meets only its own negatives
-    assert abs(sum(FAST[name](subset(pairs(), *half)) for half in HALVES) / 2 - one[0]) > 1e-2
+    if "keep" in name:
+        assert not same(one, run(ours, pairs(), name), 1e-3, 1e-3)
+    if "filip" in name:
+        assert same(as_ddp(ranks, ("blocks", name)), one, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("name", IN_FP16)
+def test_two_processes_that_send_fp16(ranks, name):
+    """As close as tokens sent in fp16 can be, and no closer."""
+    one, sent = run(ours, pairs(), name), as_ddp(ranks, ("fp16", name))
+    assert same(sent, one, 1e-2, 1e-2) and not same(sent, one, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_trap_gather_without_gradient(ranks, name):
+    """The value is right and the gradients are wrong."""
+    one, detached = in_one_process(name, HALVES), as_ddp(ranks, ("no gradient", name))
+    assert abs(detached[0] - one[0]) < 1e-9 and not same(detached, one, 1, 1e-3)
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_trap_labels_that_forget_the_rank(ranks, name):
+    one, mislabelled = in_one_process(name, HALVES), as_ddp(ranks, ("labels", name))
+    assert abs(mislabelled[0] - one[0]) > 1e-3
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_trap_accumulation_is_not_a_larger_batch(name):
+    """Two half batches are not the whole one, for each half meets only its own negatives."""
+    halves = [ours(subset(pairs(), *half), name) for half in HALVES]
+    assert abs(sum(halves) / 2 - in_one_process(name, HALVES)[0]) > 1e-2
 
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_four_processes_equal_one(four_ranks, name):
-    one = run(lambda f: slow_filip(*FILIP(f), keep=0.5, workers=QUARTERS), pairs()) if "keep" in name else run(FAST[name], pairs())
-    assert same(as_ddp(four_ranks, name), one, 1e-9, 1e-9)
+    assert same(as_ddp(four_ranks, name), in_one_process(name, QUARTERS), 1e-9, 1e-9)
 
 
-def test_bytes_on_the_wire(ranks):
-    """FILIP 3.1.1: of each pair half the patches (2 of 4) and half the positions (4 of 8, after padding) of 5 numbers, 2 bytes each, and the
-    mask; their gradients come back as 4 bytes each."""
-    assert [r["bytes"] for r in ranks] == [[2 * ((2 + 4) * 5 * 2 + 4), 2 * (2 + 4) * 5 * 4]] * 2
+@pytest.mark.parametrize("case", WIRE)
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_bytes_on_the_wire(ranks, case, one_sided):
+    """FILIP 3.1.1: of each of two pairs half the patches (2 of 4) and half the words of the longest
+    caption (4 of 8), 5 numbers each, and the mask, a byte a word. Gradients come back in fp32.
+    All agree on one length, in 8 bytes."""
+    size = WIRE[case][2]
+    for keep, patches, words in ((0.5, 2, 4), (1, 4, 8)):
+        numbers = 2 * (patches + words) * 5
+        expected = {"gathered": numbers * size + 2 * words, "returned": numbers * 4, "agreed": 8}
+        assert [rank["bytes"][case, one_sided, keep] for rank in ranks] == [expected] * 2
 
 
 @pytest.mark.parametrize("dtype, size", GATHERS)
 def test_gather(ranks, dtype, size):
-    """Values travel in dtype, gradients must not: a negative's is about 3e-8 at FILIP's batch size, below the smallest fp16 number."""
-    for r, rows in zip(ranks, ([1, 2], [3, 4])):
-        y, grad = r[dtype, size]
-        assert torch.equal(y, pairs()["v"].to(dtype or torch.float64).double()) and grad.dtype == torch.float64
-        expected = 3 * size * torch.tensor(rows, dtype=torch.float64)[:, None].expand(-1, 5)   # weights (1 + 2) * row, from both ranks
+    """Values travel in dtype, gradients must not: that of a negative is about 3e-8 at FILIP's batch
+    size, below the smallest fp16 number. The weights are (1 + 2) row, from both ranks."""
+    for rank, rows in zip(ranks, ([1, 2], [3, 4])):
+        y, grad = rank[dtype, size]
+        assert torch.equal(y, pairs()["v"].to(dtype or torch.float64).double())
+        assert grad.dtype == torch.float64
+        expected = 3 * size * torch.tensor(rows, dtype=torch.float64)[:, None].expand(-1, 5)
         torch.testing.assert_close(grad, expected, rtol=1e-6, atol=0)
+
+
+def test_gather_cannot_be_differentiated_twice(ranks):
+    assert all("differentiate twice" in rank["twice"] for rank in ranks)
+
+
+@pytest.mark.parametrize("name", PRINTED_SPREAD)
+def test_printed_modules_run_in_two_processes(ranks, name):
+    for rank in ranks:
+        printed, project = rank["printed"][name]
+        torch.testing.assert_close(printed, project, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------- python losses.py NAME
+PRINTED = (*losses.OBJECTIVES, "sparc_alignment", "filip_similarity", "gather", "sinkhorn")
+MODULES = [(name, plain) for name in PRINTED for plain in (False, True)]
+MODULES = [(name, plain) for name, plain in MODULES if not plain or "filip" in name]
+
+
+def function_of(name):
+    record = losses.OBJECTIVES.get(name)
+    return getattr(losses, record.function if record else name)
+
+
+def file_of(name, plain):
+    return name.replace("+", "_") + "_alone" + "_plain" * plain
+
+
+def printed_by(monkeypatch, capsys, *arguments):
+    """What `python losses.py ...` prints."""
+    monkeypatch.setattr(sys, "argv", ["losses.py", *arguments])
+    runpy.run_path(losses.__file__, run_name="__main__")
+    return capsys.readouterr().out
+
+
+def fresh_interpreter(script, folder):
+    """Run it where the project is not on the path."""
+    environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+IMPORT_ALL = """
+import importlib
+import importlib.util
+assert importlib.util.find_spec("losses") is None, "the project is on the path"
+import torch
+out = {}
+for file, (function, named) in torch.load("inputs.pt").items():
+    module = importlib.import_module(file)
+    out[file] = value_and_gradients(getattr(module, function), named)
+    if hasattr(module, "DENSE"):
+        module.DENSE = 0
+        out[file + " by blocks"] = value_and_gradients(getattr(module, function), named)
+torch.save(out, "outputs.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Each printed module in a file of an empty folder, imported by one fresh interpreter there
+    -> {(name, plain): source}, {file: value and gradients}."""
+    folder, sources, inputs = tmp_path_factory.mktemp("alone"), {}, {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, plain in MODULES:
+            arguments = ["losses.py", name, *["--plain"] * plain]
+            monkeypatch.setattr(sys, "argv", arguments)
+            path = folder / f"{file_of(name, plain)}.py"
+            with open(path, "w") as file, contextlib.redirect_stdout(file):
+                runpy.run_path(losses.__file__, run_name="__main__")
+            sources[name, plain] = path.read_text()
+            function = function_of(name)
+            inputs[path.stem] = function.__name__, inputs_of(function, pairs())
+    torch.save(inputs, folder / "inputs.pt")
+    fresh_interpreter(inspect.getsource(value_and_gradients) + IMPORT_ALL, folder)
+    return sources, torch.load(folder / "outputs.pt")
+
+
+@pytest.mark.parametrize("name, plain", MODULES)
+def test_printed_module_runs_alone(alone, name, plain):
+    sources, outputs = alone
+    function, file = function_of(name), file_of(name, plain)
+    expected = value_and_gradients(function, inputs_of(function, pairs()))
+    torch.testing.assert_close(outputs[file], expected, rtol=0, atol=0)
+    by_blocks = file + " by blocks"
+    assert (by_blocks in outputs) == ("filip" in name and not plain)
+    if by_blocks in outputs:
+        torch.testing.assert_close(outputs[by_blocks], expected)
+
+
+@pytest.mark.parametrize("name, plain", MODULES)
+def test_printed_module_holds_nothing_else(alone, name, plain):
+    """What it defines it uses, in order, and it imports torch and what Python brings only."""
+    lines = alone[0][name, plain].splitlines()
+    defined = re.findall(r"^(?:def|class) (\w+)|^(\w+) = ", "\n".join(lines), re.M)
+    defined = [a or b for a, b in defined]
+    for each in defined:
+        uses = [line for line in lines if re.search(rf"\b{each}\b", line)]
+        assert len(uses) > 1 or each == function_of(name).__name__
+    imports = [line for line in lines if re.match("import|from", line)]
+    allowed = {"torch", *sys.stdlib_module_names}
+    assert all(re.split(r"[ .]", line)[1] in allowed for line in imports)
+    assert lines[:len(imports)] == imports
+    assert max(map(len, lines)) <= 100 and not (plain and "# faster" in "\n".join(lines))
+
+
+@pytest.mark.parametrize("name, plain, most", [
+    ("clip", False, 60), ("sparc", False, 120), ("filip", False, 160), ("filip", True, 90)])
+def test_printed_module_is_short(alone, name, plain, most):
+    assert len(alone[0][name, plain].splitlines()) < most
+
+
+def test_list_of_objectives(monkeypatch, capsys, alone):
+    """A line each, with the number of lines that it takes."""
+    listed = printed_by(monkeypatch, capsys).splitlines()
+    for name, record in losses.OBJECTIVES.items():
+        lines = len(alone[0][name, False].splitlines())
+        row, = (line for line in listed if line.startswith(f"{name} "))
+        assert row.split()[1] == str(lines) and row.endswith(record.about)
+
+
+def test_unknown_name_gets_a_sentence(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as error:
+        printed_by(monkeypatch, capsys, "clap")
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and "there is no 'clap' here" in message
+    assert "Traceback" not in message and len(message.splitlines()) == 2        # usage, sentence
+
+
+# ------------------------------------------------------------------------------------- the sources
+IMPORT_ALONE = """
+import importlib
+import sys
+import warnings
+warnings.simplefilter("ignore")
+FILES = {files}
+blocked = {{"numpy", "PIL", "regex", "ftfy", "tqdm", *FILES}}
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+sys.path.insert(0, {folder!r})
+for file in ("model", "losses"):                    # these need torch only
+    blocked.remove(file)
+    importlib.import_module(file)
+    blocked.add(file)
+for name in FILES:
+    sys.modules.pop(name, None)
+blocked.clear()
+for file in FILES:
+    importlib.import_module(file)
+    for name in FILES:
+        sys.modules.pop(name, None)
+print("all")
+"""
+
+
+def test_each_file_imports_alone(tmp_path):
+    """model.py and losses.py where only torch is installed; the six in whatever order."""
+    script = IMPORT_ALONE.format(files=FILES, folder=str(FOLDER))
+    assert fresh_interpreter(script, tmp_path) == "all\n"
 
 
 def test_each_numbered_equation_is_tagged_once():
     """So that grep -n "SPARC eq. 3" *.py leads to one line."""
-    folder = os.path.dirname(losses.__file__)
-    source = "".join(open(os.path.join(folder, f"{name}.py"), encoding="utf-8").read() for name in ("data", "model", "losses", "train", "eval", "visualize"))
-    for paper, numbers in (("FILIP", range(1, 7)), ("PyramidCLIP", range(1, 5)), ("SPARC", (*range(1, 8), 9))):
-        assert {n: len(re.findall(rf"{paper} eq\. {n}\b", source)) for n in numbers} == {n: 1 for n in numbers}
+    source = "".join((FOLDER / f"{name}.py").read_text(encoding="utf-8") for name in FILES)
+    equations = {"FILIP": range(1, 7), "PyramidCLIP": range(1, 5), "SPARC": (*range(1, 8), 9)}
+    for name, numbers in equations.items():
+        tags = {n: len(re.findall(rf"{name} eq\. {n}\b", source)) for n in numbers}
+        assert tags == {n: 1 for n in numbers}
+
+
+@pytest.mark.parametrize("pattern", ["*.py", "tests/*.py"])
+def test_lines_end_by_column_100(pattern):
+    for path in FOLDER.glob(pattern):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert [n for n, line in enumerate(lines, 1) if len(line) > 100] == [], path.name

@@ -2,17 +2,21 @@
 
     pytest tests/test_visualize.py
 """
-import os, sys
+import os
+import sys
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 import eval as evaluation
 import visualize
-from data import Scenes, UserError
+from data import Scenes
+from losses import sparc_alignment
+from model import UserError
 from test_eval import TOK, make_run
 
-ROW = (6 * 290 + 10, 280 + 3 * 22 + 10)                              # six panels of 280 with margins; a title and two lines of tokens
+# six panels of 280 with margins; a title and two lines of tokens
+ROW = (6 * 290 + 10, 280 + 3 * 22 + 10)
 
 
 @pytest.fixture(scope="module")
@@ -22,88 +26,155 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def draw(run, tmp_path, monkeypatch):
-    """draw("--text", "...") is the command line with an RGBA picture of 200 x 120 -> the PNG drawn."""
+    """draw("--text", "...") is the command line with an RGBA picture of 200 x 120 -> the PNG."""
     noise = np.random.RandomState(0).randint(0, 255, (120, 200, 4), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "own.png")
 
     def call(*more, image="own.png", out="out.png"):
         picture = ["--image", str(tmp_path / image)] if image else []
-        monkeypatch.setattr(sys, "argv", ["visualize.py", run, *picture, "--device", "cpu", "--out", str(tmp_path / out), *more])
+        target = ["--device", "cpu", "--out", str(tmp_path / out)]
+        monkeypatch.setattr(sys, "argv", ["visualize.py", run, *picture, *target, *more])
         visualize.main()
         return Image.open(tmp_path / out)
     return call
 
 
-@pytest.mark.parametrize("loss", ["sparc", "filip"])
-def test_best_tokens_are_the_loops(run, loss):
-    model, tok, _ = evaluation.load_run(run)
+def aligned(run, **options):
+    """What align returns for one scene, then the scene's patches (1,P,D) and tokens (1,L,D)."""
+    model, tok, args = evaluation.load_run(run)
+    for name, value in options.items():
+        setattr(args, name, value)
     scene = Scenes(1, 0, 56, "test")[0]
-    s, best, tokens = visualize.align(model, tok, loss, scene["image"], scene["caption"])
-    V, (_, T, M) = evaluation.encode_images(model, [scene["image"]])[1][0], evaluation.encode_texts(model, tok, [scene["caption"]])
-    assert tokens == ["[BOS]", *scene["caption"].split(), "[EOS]"] and s.shape == (len(tokens), 49) and len(tokens) == M.sum()
+    _, V = evaluation.encode_images(model, [scene["image"]])
+    _, T, _ = evaluation.encode_texts(model, tok, [scene["caption"]])
+    return visualize.align(model, tok, args, scene["image"], scene["caption"]), scene, V, T
+
+
+@pytest.mark.parametrize("loss", ["clip", "sparc", "filip"])
+def test_best_tokens_are_the_loops(run, loss):
+    """The grid goes by cosine for every objective; similarities are cosines for FILIP alone."""
+    (s, name, best, tokens), scene, V, T = aligned(run, loss=loss)
+    assert tokens == ["[BOS]", *scene["caption"].split(), "[EOS]"]
+    assert s.shape == (len(tokens), 49) and len(tokens) == T.shape[1]
     for p in range(49):
-        cos = [torch.cosine_similarity(T[0, l], V[p], dim=0).item() for l in range(len(tokens))]
+        cos = [torch.cosine_similarity(T[0, l], V[0, p], dim=0).item() for l in range(len(tokens))]
         assert best[p] == int(np.argmax(cos))
-        want = cos if loss == "filip" else [(T[0, l] @ V[p]).item() for l in range(len(tokens))]
-        assert np.allclose(s[:, p], want, atol=1e-4)
+        if loss == "filip":
+            assert np.allclose(s[:, p], cos, atol=1e-4)
+        if loss == "clip":
+            assert np.allclose(s[:, p], [word @ V[0, p] for word in T[0]], atol=1e-4)
+    assert (name == "similarity") == (loss != "sparc")
+
+
+@pytest.mark.parametrize("sigma", [0.5, "1/P", 0.0])
+def test_sparc_shows_its_weights(run, sigma):
+    """After eqs. 3 and 4 with the run's sigma, not the similarities of eq. 2."""
+    (s, name, _, _), _, V, T = aligned(run, sigma=sigma)
+    number = 1 / 49 if sigma == "1/P" else sigma
+    assert name == "weights, eqs. 3 and 4"
+    for row, word in zip(s, T[0]):
+        similar = V[0] @ word
+        scaled = (similar - similar.min()) / (similar.max() - similar.min())
+        kept = scaled * (scaled >= number)
+        assert torch.allclose(row, kept / kept.sum(), atol=1e-5)
+    if sigma == 0.5:
+        assert (s == 0).sum() > 49  # the threshold shows
+
+
+def test_the_softmax_ablation_shows_its_weights(run):
+    (s, name, _, _), _, V, T = aligned(run, softmax=True)
+    assert name == "softmax weights"
+    assert torch.allclose(s, sparc_alignment(V, T, softmax=True)[0])
+
+
+def test_a_panel_says_what_it_shows(run, monkeypatch):
+    """Each word's title names the weights or the similarity."""
+    titles, original = [], visualize.ImageDraw.ImageDraw.text
+
+    def spy(self, at, text, *more, **options):
+        titles.append(text)
+        return original(self, at, text, *more, **options)
+    monkeypatch.setattr(visualize.ImageDraw.ImageDraw, "text", spy)
+    model, tok, args = evaluation.load_run(run)
+    for loss, name in (("sparc", "weights, eqs. 3 and 4"), ("clip", "similarity")):
+        args.loss = loss
+        picture, words = Image.new("RGB", (56, 56)), [("red", [2])]
+        visualize.draw_row(model, tok, args, picture, "a red star", words)
+        assert f"red: {name}" in titles
 
 
 def test_marked_patches_are_bright():
-    best = torch.arange(49) % 5
-    panel = np.asarray(visualize.grid_panel(Image.new("RGB", (280, 280), (128,) * 3), best, {2, 3}, 7).convert("L")).astype(float)
+    best, grey = torch.arange(49) % 5, Image.new("RGB", (280, 280), (128,) * 3)
+    panel = np.asarray(visualize.grid_panel(grey, best, {2, 3}, 7).convert("L")).astype(float)
     light = panel.reshape(7, 40, 7, 40).mean((1, 3)).flatten()
     marked = np.isin(best.numpy(), [2, 3])
     assert panel.shape == (280, 280) and light[marked].min() > 128 > 118 > light[~marked].max()
 
 
 def test_word_panel_frames_the_best_patch():
-    s = torch.linspace(-1, 0, 49)
-    s[17] = 3                                                        # row 2, column 3
-    panel = np.asarray(visualize.word_panel(Image.new("RGB", (280, 280)), s, 7))
+    s, black = torch.linspace(-1, 0, 49), Image.new("RGB", (280, 280))
+    s[17] = 3  # row 2, column 3
+    panel = np.asarray(visualize.word_panel(black, s, 7))
     white = (panel == 255).all(2)
-    assert white[81, 121:159].all() and white[81:119, 121].all() and not white[84:116, 124:156].any()
+    assert white[81, 121:159].all() and white[81:119, 121].all()
+    assert not white[84:116, 124:156].any()
     assert white.sum() == white[80:121, 120:161].sum()
-    assert np.isfinite(np.asarray(visualize.word_panel(Image.new("RGB", (280, 280)), torch.zeros(49), 7))).all()   # all patches alike
+    alike = np.asarray(visualize.word_panel(black, torch.zeros(49), 7))
+    assert np.isfinite(alike).all()
 
 
 def test_scenes_and_csv(run, tmp_path):
     first = visualize.draw_run(run, n=2)
-    assert first == [os.path.join(run, "align.png")] and Image.open(first[0]).size == (ROW[0], 2 * ROW[1])
+    assert first == [os.path.join(run, "align.png")]
+    assert Image.open(first[0]).size == (ROW[0], 2 * ROW[1])
     again, = visualize.draw_run(run, n=2, out=str(tmp_path / "again.png"))
     assert open(first[0], "rb").read() == open(again, "rb").read()
     Image.new("RGB", (90, 60), "teal").save(tmp_path / "a.png")
     (tmp_path / "d.csv").write_text("image,caption\na.png,a dog on the beach\n")
-    path, = visualize.draw_run(run, str(tmp_path / "d.csv"), n=6, out=str(tmp_path / "csv.png"))
-    assert Image.open(path).size == ROW                              # one picture, though six were asked for
+    target = str(tmp_path / "csv.png")
+    path, = visualize.draw_run(run, str(tmp_path / "d.csv"), n=6, out=target)
+    assert Image.open(path).size == ROW  # one picture, though six were asked for
     with pytest.raises(UserError, match="photos/t.csv.*--data"):
         visualize.draw_run(make_run(tmp_path / "other", data="photos/t.csv"))
 
 
 def test_own_picture(draw, capsys, tmp_path):
-    one, every = draw("--text", "A Dog on the beach", "--words", "DOG", out="one.png"), draw("--text", "a dog on the beach")
-    assert capsys.readouterr().out.split() == [str(tmp_path / "one.png"), str(tmp_path / "out.png")]
-    panels = [[np.asarray(x)[30:300, 10 + 290 * k:290 + 290 * k].std() > 0 for k in range(6)] for x in (one, every)]
-    assert one.size == every.size == ROW and panels == [[True] * 3 + [False] * 3, [True] * 4 + [False] * 2]        # dog; dog and beach
-    assert np.array_equal(np.asarray(one)[22:302, :290], np.asarray(every)[22:302, :290])      # the picture itself
+    """With --words DOG one word's panel, else those of dog and beach; the picture is the same."""
+    one = draw("--text", "A Dog on the beach", "--words", "DOG", out="one.png")
+    every = draw("--text", "a dog on the beach")
+    printed = capsys.readouterr().out.split()
+    assert printed == [str(tmp_path / "one.png"), str(tmp_path / "out.png")]
+    assert one.size == every.size == ROW
+    one, every = np.asarray(one), np.asarray(every)
+    for row, filled in ((one, 3), (every, 4)):
+        panels = [row[30:300, 10 + 290 * k:290 + 290 * k].std() > 0 for k in range(6)]
+        assert panels == [True] * filled + [False] * (6 - filled)
+    assert np.array_equal(one[22:302, :290], every[22:302, :290])
 
 
 def test_words():
     found = visualize.find_words(TOK, "There is a Red star, on the left of an orange moon.")
     assert [w for w, _ in found] == ["red", "star", "orange", "moon"]
-    assert visualize.find_words(TOK, "a red star on a red moon", ["red"]) == [("red", [2]), ("red", [6])]
-    assert visualize.find_words(TOK, "a red star", ["a"]) == [("a", [1])]                          # an article that is asked for is kept
-    (word, at), = visualize.find_words(TOK, "a giraffe")             # a word of several tokens
-    assert word == "giraffe" and len(at) > 1 and TOK.decode(TOK("a giraffe")[0][0, at]) == "giraffe"
+    twice = visualize.find_words(TOK, "a red star on a red moon", ["red"])
+    assert twice == [("red", [2]), ("red", [6])]
+    # an article that is asked for is kept
+    assert visualize.find_words(TOK, "a red star", ["a"]) == [("a", [1])]
+    (word, at), = visualize.find_words(TOK, "a giraffe")  # a word of several tokens
+    assert word == "giraffe" and len(at) > 1
+    assert TOK.decode(TOK("a giraffe")[0][0, at]) == "giraffe"
 
 
-def test_refusals(draw, tmp_path):
+@pytest.mark.parametrize("more, options, match", [
+    (["--text", "a dog", "--words", "cat"], {}, "--words cat: not in the text 'a dog'"),
+    ([], {}, "--image and --text go together"),
+    (["--text", "a dog"], {"image": None}, "go together"),
+    (["--text", "a dog"], {"image": "text.png"}, "text.png as a picture"),
+    (["--text", "a dog"], {"image": "none.png"}, "no such file"),
+    (["--text", "a dog"], {"out": "no/folder/x.png"}, "can't write .*no/folder/x.png")])
+def test_refusals(draw, tmp_path, more, options, match):
+    """One sentence, and nothing left behind."""
     (tmp_path / "text.png").write_text("no picture")
-    for more, kw, match in ((["--text", "a dog", "--words", "cat"], {}, "--words cat: not in the text 'a dog'"),
-                            ([], {}, "--image and --text go together"), (["--text", "a dog"], {"image": None}, "go together"),
-                            (["--text", "a dog"], {"image": "text.png"}, "text.png as a picture"),
-                            (["--text", "a dog"], {"image": "none.png"}, "no such file"),
-                            (["--text", "a dog"], {"out": "no/folder/x.png"}, "can't write .*no/folder/x.png")):
-        with pytest.raises(UserError, match=match) as e:
-            draw(*more, **kw)
-        assert "\n" not in str(e.value)
-    assert sorted(os.listdir(tmp_path)) == ["own.png", "text.png"], "a refusal must leave nothing behind"
+    with pytest.raises(UserError, match=match) as e:
+        draw(*more, **options)
+    assert "\n" not in str(e.value)
+    assert sorted(os.listdir(tmp_path)) == ["own.png", "text.png"]
