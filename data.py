@@ -1,7 +1,8 @@
-"""Data: CLIP's byte-level BPE tokeniser, the built-in scenes, the CSV reader, crops and batches.
+"""Data: CLIP's byte-level BPE tokeniser, the built-in scenes, files of pairs, crops and batches.
 
     python data.py                        # print five scenes and draw them into samples.png
     python data.py --data photos/train.csv --n 8
+    python data.py check photos/train.csv # read everything once and list what can't be used
 
 Covers: FILIP 3.1.2 (prompts, eq. 6) and 3.2 (several texts a picture), PyramidCLIP 3.1 to 3.3
 (summary, global and local view, object phrases, regions), SPARC 4.1 and D.5 (prompts, eq. 9).
@@ -12,26 +13,32 @@ FILIP's translator and for PyramidCLIP's T5 and detector, whose features become 
 your own data may bring its own (see Pairs). FILIP's AutoAugment is left out. The tokeniser is
 byte-level BPE, SPARC's is sentencepiece. Files get a random crop by default, SPARC uses none.
 
-The way of the data: .pair(i, r) of Scenes or Pairs gives (picture, caption), .views and .local_view
-what PyramidCLIP sees beside it, and Batches puts all of it into the dict that model.py takes.
+The way of the data: a function of readers.py gives the rows of a file, Pairs puts them in order.
+.pair(i, r) of Scenes or Pairs gives (picture, caption), .views and .local_view what PyramidCLIP
+sees beside it, and Batches puts all of it into the dict that model.py takes.
 """
 import argparse
 import collections
 import csv
 import functools
 import gzip
+import hashlib
 import heapq
 import html
+import http.client
 import itertools
+import math
 import os
 import random
-import warnings
+import urllib.request
 import ftfy
 import numpy as np
 import regex
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 from model import UserError
+from readers import BadRow, caption_fault, choose, open_image, start_image
 
 
 def write(path, save):
@@ -49,9 +56,14 @@ def write(path, save):
 
 # ---------------------------------------------------------------------------------- the tokeniser
 BOS, EOT = "<|startoftext|>", "<|endoftext|>"
-WORDS = regex.compile(
+WORDS = regex.compile(  # the published pattern
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE)
+MARKED_WORDS = regex.compile(  # of learned vocabularies: vowel signs and the like belong to a word
+    WORDS.pattern.replace(r"\p{L}+", r"\p{L}[\p{L}\p{M}\u200c\u200d]*"), regex.IGNORECASE)
+MERGES = "bpe_simple_vocab_16e6.txt.gz"
+MERGES_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/" + MERGES
+MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 PRINTABLE = [b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]  # these 68 move to code points from 256 on
 BYTES = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(OTHERS)}
@@ -64,12 +76,37 @@ def clean(text):
     return " ".join(text.split()).lower()
 
 
+def find_merges(weights=None):
+    """The path of CLIP's merges file: here, beside the weights, in ~/.cache/clip, or else loaded
+    from its published address into this folder, once. UserError if that fails."""
+    cache = os.path.join(os.path.expanduser("~"), ".cache", "clip")
+    for folder in (".", os.path.dirname(weights or ""), cache):
+        path = os.path.join(folder, MERGES)
+        if os.path.isfile(path):
+            return path
+    try:
+        with urllib.request.urlopen(MERGES_URL, timeout=30) as f:
+            content = f.read()
+        if hashlib.sha256(content).hexdigest() != MERGES_SHA256:
+            raise OSError("what came is another file")
+        os.makedirs(cache, exist_ok=True)
+        own = f"{path}.{os.getpid()}"  # other processes may be at it too
+        with open(own, "wb") as f:
+            f.write(content)
+        os.replace(own, path)
+    except (OSError, http.client.HTTPException) as e:
+        raise UserError(f"can't load CLIP's merges file from {MERGES_URL} ({e}): put it into "
+                        f"{cache} or beside the weights, or use --vocab learn:8000") from None
+    return path
+
+
 class Tokenizer:
     """CLIP's byte-pair encoding, for any text. The vocabulary is 256 bytes, 256 bytes that end a
     word, one symbol for each merge, BOS, and EOT, which is always the last id.
     merges: list of "a b" strings, the most important first."""
     def __init__(self, merges):
         self.merges = list(merges)
+        self.words = WORDS if len(self.merges) == 48894 else MARKED_WORDS
         pairs = [tuple(m.split()) for m in self.merges]
         self.symbols = [*BYTES.values(), *(c + "</w>" for c in BYTES.values()),
                         *("".join(pair) for pair in pairs), BOS, EOT]
@@ -80,8 +117,11 @@ class Tokenizer:
         self.cache = {BOS: [self.bos], EOT: [self.eot]}
 
     @classmethod
-    def clip(cls, path="bpe_simple_vocab_16e6.txt.gz"):
-        """The published vocabulary of 49,408 entries. UserError if it is not in the file."""
+    def clip(cls, path=None, weights=None):
+        """The published vocabulary of 49,408 entries, from a file or from where find_merges finds
+        it. UserError if it is not in the file."""
+        if path in (None, "clip", MERGES):
+            path = find_merges(weights)
         opener = gzip.open if str(path).endswith(".gz") else open
         try:
             with opener(path, "rt", encoding="utf-8") as f:
@@ -100,7 +140,7 @@ class Tokenizer:
         merged first, of equal ones the first in the alphabet. UserError if there are too few."""
         if vocab_size < 514:
             raise UserError(f"a vocabulary has bytes and marks, at least 514, not {vocab_size}")
-        counts = collections.Counter(w for text in texts for w in WORDS.findall(clean(text)))
+        counts = collections.Counter(w for text in texts for w in MARKED_WORDS.findall(clean(text)))
         words = [(cls.split(w), n) for w, n in sorted(counts.items()) if w not in (BOS, EOT)]
         frequency = collections.Counter()  # of each pair of symbols
         where = collections.defaultdict(set)  # pair -> numbers of the words that may have it
@@ -147,7 +187,7 @@ class Tokenizer:
         return out
 
     def bpe(self, word):
-        """Ids of one word (a match of WORDS)."""
+        """Ids of one word (a match of self.words)."""
         if word not in self.cache:
             symbols = self.split(word)
             while len(symbols) > 1:
@@ -160,7 +200,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of a text, without BOS and EOT."""
-        return [i for word in WORDS.findall(clean(text)) for i in self.bpe(word)]
+        return [i for word in self.words.findall(clean(text)) for i in self.bpe(word)]
 
     def __call__(self, texts, context_length=77):
         """A string or a list -> ids (N, L) int64, padded with 0, and mask (N, L) bool, L =
@@ -444,8 +484,9 @@ class Scenes:
         specs = [self.spec(i) for i in range(min(self.n, 2000))]
         return [join(self.words(s, style)) for s in specs for style in (0, 1, 2)] + ["a thing"]
 
-    def pair(self, i, r=None):
-        """(picture, caption) of scene i. r, a random.Random, draws a style and omissions."""
+    def pair(self, i, r=None, size=None):
+        """(picture, caption) of scene i. r, a random.Random, draws a style and omissions. size is
+        for pictures from files."""
         spec = self.spec(i)
         image, style = self.draw(spec), 0
         if r:
@@ -526,27 +567,27 @@ CLAUSE = regex.compile(
 
 
 class Pairs:
-    """A CSV file with the columns image,caption. Rows of the same image are its several captions.
-    Paths are relative to the file. For PyramidCLIP it may have the columns summary (of the row's
-    caption) and objects ("brown dog, green grass", of which an image's first row counts), and
-    regions: an .npz file with an array (M, 2052) for each image, by its path in the CSV, the
-    detector's 2,048 features of a region and its box x1, y1, x2, y2 in 0..1, the surest first.
-    UserError says what is wrong, and in which line.
+    """Pictures with their captions, from the rows of a reader. Rows of the same picture, or of the
+    same image_id, are its several captions. Paths are relative to a folder, that of the file.
+    For PyramidCLIP rows may have a summary (of the row's caption) and objects ("brown dog, green
+    grass", of which an image's first row counts), and regions is an .npz file with an array
+    (M, 2052) for each image, by its path in the file: the detector's 2,048 features of a region and
+    its box x1, y1, x2, y2 in 0..1, the surest first.
+    bad: [BadRow], what had to be left out. classes: names of class folders, or None.
     """
-    def __init__(self, path, regions=None):
-        self.path, self.regions, self.archives = path, regions, {}
-        self.images, self.captions, self.objects = [], [], []  # images: (name, path, CSV's line)
-        self.summaries = {}  # (number of the image, caption) -> summary
-        try:
-            with open(path, newline="", encoding="utf-8-sig") as f:
-                self.read(csv.DictReader(f, strict=True))
-        except (OSError, UnicodeDecodeError, csv.Error) as e:
-            raise UserError(f"can't read {path} as a CSV in UTF-8 ({e})") from None
+    def __init__(self, path, rows, folder, regions=None, classes=None):
+        self.path, self.regions, self.archives, self.bad = path, regions, {}, []
+        self.folder = os.path.join(os.path.abspath(folder), "")  # with a stroke at its end
+        self.images, self.wheres, self.captions, self.objects = [], [], [], []  # one a picture
+        self.places, self.summaries = [], {}  # (number of the picture, caption) -> summary
+        self.read(rows)
+        self.classes = classes or None
         if not self.images:
-            raise UserError(f"{path} has no rows below its first line")
+            first = [f"the first of {len(self.bad)} bad rows is {bad}" for bad in self.bad[:1]]
+            raise UserError(": ".join([f"{path} has no pair that can be used", *first]))
         if regions:
-            there = set(self.open_regions().files)
-            missing = [name for name, *_ in self.images if name not in there]
+            self.keys = {self.normal(name): name for name in self.open_regions().files}
+            missing = [name for name in self.images if name not in self.keys]
             if missing:
                 raise UserError(f"{regions} has no regions of {missing[0]} ({len(missing)} of "
                                 f"{len(self)} pictures are missing): the column image names them")
@@ -555,35 +596,83 @@ class Pairs:
     def __len__(self):
         return len(self.images)
 
-    def read(self, reader):
-        columns = [column.strip() for column in reader.fieldnames or []]
-        missing = [c for c in ("image", "caption") if c not in columns]
-        if missing:
-            raise UserError(f"{self.path} has no column {' and no column '.join(missing)}: its "
-                            f"first line must name image,caption (found: {','.join(columns)})")
-        reader.fieldnames, index = columns, {}  # index: name of an image -> its number
-        for row in reader:
-            where = f"{self.path} line {reader.line_num}"
-            if None in row:
-                raise UserError(f"{where} has too many cells: quote a caption with commas")
-            row = {column: (cell or "").strip() for column, cell in row.items()}
-            name, caption = row["image"], row["caption"]
-            if not name or not caption:
-                what = f"the caption of {name}" if name else "the image"
-                raise UserError(f"{where}: {what} is empty; fill it in or delete the line")
-            if name not in index:
-                path = os.path.join(os.path.dirname(os.path.abspath(self.path)), name)
-                if not os.path.isfile(path):
-                    raise UserError(f"{where}: there is no {path}; paths start at the CSV")
-                if row.get("objects") == "":
-                    raise UserError(f"{where}: objects of {name} is empty; fill it in")
-                index[name] = len(index)
-                self.images.append((name, path, f"{where}: "))
-                self.captions.append([])
-                self.objects.append(row.get("objects"))
-            self.captions[index[name]].append(caption)
-            if row.get("summary"):
-                self.summaries.setdefault((index[name], caption), row["summary"])
+    def __getstate__(self):
+        return self.__dict__ | {"archives": {}}  # open files can't go to another process
+
+    def normal(self, name):
+        """One spelling for a path: no blanks around, no ./, and relative where it can be."""
+        return os.path.normpath(name.strip()).removeprefix(self.folder)
+
+    def at(self, where):
+        if isinstance(where, int):
+            return f"{self.path} line {where}"
+        return where
+
+    def read(self, rows):
+        index = {}  # name or (id,) of a picture -> its number
+        for row in rows:
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                self.add(row, index)
+            except BadRow as e:
+                self.bad.append(e)
+
+    def add(self, row, index):
+        """Take a row in. Raises BadRow if nothing of it can be used."""
+        if not isinstance(row.image, str) or not row.image.strip():
+            raise BadRow(self.at(row.where), "", "the name of the picture is empty or no text")
+        name, captions, good = self.normal(row.image), row.captions, []
+        for caption in captions if isinstance(captions, list) else [captions]:
+            fault = caption_fault(caption)
+            if fault:
+                fault = f"the caption of {name} {fault}"
+                self.bad.append(BadRow(self.at(row.where), name, fault))
+            else:
+                good.append(caption.strip())
+        if captions == []:
+            raise BadRow(self.at(row.where), name, f"{name} has no caption")
+        if not good:
+            return
+        key = name if row.id in (None, "") else (str(row.id),)
+        i = index.get(name, index.get(key))
+        if i is None:
+            self.add_picture(row, name)
+            self.captions.append(good)
+            i = len(self) - 1
+        else:
+            self.captions[i] += good
+        index[name] = index[key] = i
+        if row.summary and isinstance(row.summary, str):
+            self.summaries.setdefault((i, good[0]), row.summary.strip())
+
+    def add_picture(self, row, name):
+        """Note a new picture, without its captions. Raises BadRow if it is not there."""
+        objects = row.objects
+        if isinstance(objects, list):
+            objects = ", ".join(map(str, objects))
+        if objects is not None and not str(objects).strip():
+            raise BadRow(self.at(row.where), name, f"objects of {name} is empty")
+        if row.place:
+            self.places.append(row.place)
+        elif not os.path.isfile(name if os.path.isabs(name) else self.folder + name):
+            raise BadRow(self.at(row.where), name, f"there is no {name} (paths start at "
+                                                   f"{self.folder}: see --images)")
+        self.images.append(name)
+        self.wheres.append(row.where)
+        self.objects.append(objects)
+
+    def fingerprint(self):
+        """A hash of the names and captions, in their order: the same data has the same."""
+        h = hashlib.sha256()
+        for name, captions in zip(self.images, self.captions):
+            h.update("\0".join([name, *captions, ""]).encode("utf-8", "backslashreplace"))
+        return h.hexdigest()
+
+    def label(self, i):
+        """The number of picture i's class in .classes, or None."""
+        if self.classes:
+            return self.classes.index(self.images[i].split(os.sep)[0].replace("_", " "))
 
     def open_regions(self):
         process = os.getpid()  # each process opens the file for itself
@@ -604,11 +693,15 @@ class Pairs:
         if self.objects[i]:
             out["objects"] = self.objects[i]
         if self.regions:
-            name = self.images[i][0]
-            x = self.open_regions()[name]
-            if x.ndim != 2 or x.shape[1] != 2052 or not len(x):
-                raise UserError(f"{self.regions}: {name} has {x.shape}; (M, 2052) is needed")
-            out["regions"] = x.astype(np.float32)
+            name = self.images[i]
+            try:
+                x = self.open_regions()[self.keys[name]].astype(np.float32)
+                if x.ndim != 2 or x.shape[1] != 2052 or not len(x):
+                    raise ValueError(f"they are {x.shape}; (M, 2052) is needed")
+            except Exception as e:  # numpy raises many kinds
+                reason = f"can't read the regions of {name} ({self.regions}: {e})"
+                raise BadRow(self.at(self.wheres[i]), name, reason) from None
+            out["regions"] = x
         return out
 
     def local_view(self, i, image, caption, r, size, area):
@@ -618,38 +711,40 @@ class Pairs:
     def texts(self):
         return [caption for captions in self.captions for caption in captions]
 
-    def pair(self, i, r=None):
+    def pair(self, i, r=None, size=None):
         """(picture, one of its captions): drawn by r, a random.Random, or the first."""
         captions = self.captions[i]
-        return self.open(i), pick(captions, r) if r else captions[0]
+        return self.open(i, size), pick(captions, r) if r else captions[0]
 
-    def open(self, i):
-        return open_image(*self.images[i][1:])
+    def source(self, i):
+        """The bytes of picture i's file."""
+        path, offset, size = os.path.join(self.folder, self.images[i]), 0, 2 ** 30
+        if self.places:
+            path, offset, size = self.places[i]
+        with open(path, "rb") as f:
+            f.seek(offset)
+            return f.read(size)
+
+    def open(self, i, size=None):
+        """Picture i, see open_image. BadRow if it can't be read."""
+        name = self.images[i]
+        try:
+            return open_image(self.source(i), size, name)
+        except (UserError, OSError) as e:
+            raise BadRow(self.at(self.wheres[i]), name, str(e)) from None
 
 
-def open_image(path, where=""):
-    """Read a picture as RGB. Whatever is wrong with the file becomes a UserError."""
+def open_dataset(path, regions=None, images=None):
+    """Pairs of what is at a path, see readers.choose. UserError says what is wrong with the whole;
+    what is wrong with one row is in .bad. images: the folder of the pictures, if it is not that of
+    the file. regions: for PyramidCLIP, see Pairs."""
+    path, classes = str(path), []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            im = Image.open(path)
-            im.draft("RGB", (512, 512))  # JPEGs are decoded no larger than needed
-            return ImageOps.exif_transpose(im).convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        why = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-    except FileNotFoundError:
-        why = "no such file"
-    except Exception as e:  # Pillow's readers raise nearly anything on a damaged file
-        why = f"{type(e).__name__}: {e}".replace(str(path), "the file")
-    raise UserError(f"{where}can't read {path} as a picture ({why}); replace it or take it out")
-
-
-def open_dataset(path, regions=None):
-    """Pairs from a CSV file, and for PyramidCLIP regions from an .npz file. Or UserError."""
-    if not os.path.isfile(path) or not path.lower().endswith(".csv"):
-        raise UserError(f"--data {path}: no such file or no .csv; give one with the columns "
-                        "image,caption, or `scenes`")
-    return Pairs(path, regions)
+        prompts = functools.partial(filip_prompts, prefixes=["a photo of a"])
+        rows, folder = choose(path, classes, prompts)
+        return Pairs(path, rows, images or folder, regions, classes)
+    except OSError as e:
+        raise UserError(f"can't read {path} ({e})") from None
 
 
 # ------------------------------------------------------------------------------- crops and batches
@@ -675,6 +770,13 @@ def center_crop(im, size):
     return im.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
 
 
+def fit(im, size, way="crop"):
+    """A picture made (size, size): its central square, or with "pad" all of it, on white."""
+    if way == "pad":
+        return ImageOps.pad(im, (size, size), Image.Resampling.BICUBIC, color="white")
+    return center_crop(im, size)
+
+
 def to_tensor(images):
     """List of RGB pictures of one size -> (b, 3, H, W) uint8."""
     pixels = torch.from_numpy(np.stack([np.asarray(im) for im in images]))  # (b, H, W, 3)
@@ -689,8 +791,11 @@ def normalize(images):
 
 class Batches(torch.utils.data.Dataset):
     """Item `step` is this rank's share of that step's global batch, as collate makes it.
-    It depends on (seed, step) alone, so a resumed run sees the same. Each epoch is a random order
-    of the data, without its last incomplete batch. An error becomes the item {"error": sentence}.
+    It depends on (seed, step) alone, so a resumed run sees the same, whatever reads it. Each epoch
+    is a random order of all N samples: sample n of the run is number n % N of epoch n // N, so that
+    a batch may go on from one epoch into the next. (Scenes of an unfinished family stay out.)
+    A sample that can't be read is replaced by another one, drawn from (seed, epoch, its number, the
+    try). "bad" then lists it: [(where, what, reason)]. Other errors become {"error": sentence}.
     batch_size is global. min_area: of the random crop; None takes the central square. views: add
     PyramidCLIP's. local_area: of its local view, whose caption then is the pair's; None for none.
     """
@@ -705,28 +810,49 @@ class Batches(torch.utils.data.Dataset):
         self.data, self.tok, self.batch_size, self.seed = data, tok, batch_size, seed
         self.size, self.context_length, self.rank, self.world = size, context_length, rank, world
         self.min_area, self.with_views, self.local_area = min_area, views, local_area
+        areas = [area for area in (min_area, views and local_area) if area]
+        self.side = math.ceil(size / min([1, *areas]) ** 0.5)  # of a picture that crops are cut of
         self.epoch, self.order = None, None
 
-    def __getitem__(self, step):
+    def number(self, n):
+        """(epoch, number in the data) of sample n of the run."""
         family = getattr(self.data, "family", 1)  # scenes of a family stay together
         families = len(self.data) // family
-        epoch, k = divmod(step, families * family // self.batch_size)
+        epoch, k = divmod(n, families * family)
         if epoch != self.epoch:
             g = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order = torch.randperm(families, generator=g)[:, None] * family + torch.arange(family)
             self.epoch, self.order = epoch, order.flatten()
-        share = self.batch_size // self.world
-        first = k * self.batch_size + self.rank * share
+        return epoch, int(self.order[k])
+
+    def __getitem__(self, step):
+        share, bad = self.batch_size // self.world, []
+        first = step * self.batch_size + self.rank * share
         try:
-            samples = [self.sample(i) for i in self.order[first:first + share].tolist()]
+            samples = [self.good_sample(*self.number(n), bad) for n in range(first, first + share)]
+            batch = collate(samples, self.tok, self.context_length)
         except UserError as e:  # an exception would reach the main process as a traceback
             return {"error": str(e)}
-        return collate(samples, self.tok, self.context_length)
+        if bad:
+            batch["bad"] = bad
+        return batch
 
-    def sample(self, i):
-        """What collate takes of sample i in the present epoch."""
-        r = random.Random(f"{self.seed}/{self.epoch}/{i}")
-        whole, caption = self.data.pair(i, r)
+    def good_sample(self, epoch, i, bad):
+        """Sample i, or, if it can't be read, another one. What can't be read goes into bad."""
+        lots = random.Random(f"{self.seed}/{epoch}/{i}/instead")
+        for attempt in range(100):
+            try:
+                return self.sample(epoch, i)
+            except BadRow as e:
+                bad.append(e.args)
+                i = int(lots.random() * len(self.data))
+        raise UserError(f"no picture of a hundred can be read, the last one is {bad[-1][1]}; try "
+                        "python data.py check")
+
+    def sample(self, epoch, i):
+        """What collate takes of sample i in an epoch."""
+        r = random.Random(f"{self.seed}/{epoch}/{i}")
+        whole, caption = self.data.pair(i, r, self.side)
         if self.min_area is None:
             image = center_crop(whole, self.size)
         else:
@@ -762,14 +888,80 @@ def collate(samples, tok, context_length):
     return batch
 
 
+# ------------------------------------------------------------------------------------- the commands
+class Inspection(torch.utils.data.Dataset):
+    """What `check` reads of each picture: (width, height, hash of the file), or a BadRow."""
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        try:
+            self.pairs.open(i, 64)
+        except BadRow as e:
+            return e
+        content = self.pairs.source(i)
+        with start_image(content) as im:
+            return *im.size, hashlib.sha256(content).hexdigest()
+
+
+def spread(numbers):
+    numbers = sorted(numbers)
+    return f"{numbers[0]:g} to {numbers[-1]:g}, middle {numbers[len(numbers) // 2]:g}"
+
+
+def repeats(items):
+    return f"{len(items) - len(set(items)):,} of {len(items):,} are there before"
+
+
+def check(pairs, out):
+    """Read everything once with all cores, print what is there, and list the bad rows in `out`."""
+    reading = torch.utils.data.DataLoader(Inspection(pairs), None, num_workers=os.cpu_count())
+    found, texts = list(tqdm(reading, unit=" pictures", disable=None)), pairs.texts()
+    good = [x for x in found if not isinstance(x, BadRow)]
+    bad = pairs.bad + [x for x in found if isinstance(x, BadRow)]
+    print(f"{len(good):,} pictures and {len(texts):,} captions can be used, {len(bad):,} rows not")
+    kinds = [e.reason.replace(e.what or " ", "a picture").split(" (")[0] for e in bad]
+    for kind, n in collections.Counter(kinds).most_common():
+        print(f"  {n:8,}  {kind}")
+    if good:
+        widths, heights, hashes = zip(*good)
+        ratios = [w / h for w, h in zip(widths, heights)]
+        print(f"width         {spread(widths)} pixels\nheight        {spread(heights)} pixels")
+        print(f"width/height  {spread(ratios)}")
+        print(f"pictures      {repeats(hashes)}")
+    print(f"captions      {spread(map(len, texts))} characters\ncaptions      {repeats(texts)}")
+
+    def save(path):
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerows([("where", "what", "reason"), *(e.args for e in bad)])
+    write(out, save)
+    print(f"listed in {out}")
+
+
 def main():
-    ap = argparse.ArgumentParser(description="Print samples of a dataset and draw their pictures.")
-    ap.add_argument("--data", default="scenes", help="scenes, or a CSV with columns image,caption")
+    ap = argparse.ArgumentParser(description="Print samples of a dataset and draw their pictures; "
+                                 "or read all of it once, and count and list what can't be used.")
+    ap.add_argument("command", nargs="*", metavar="check PATH", help="read all that is in PATH")
+    ap.add_argument("--data", default="scenes", help="scenes, a table, .jsonl, .json, folder, .tar")
+    ap.add_argument("--images", help="the folder of the pictures, if not that of the file")
     ap.add_argument("--n", type=int, default=5, help="how many samples")
-    ap.add_argument("--out", default="samples.png", help="where the pictures go")
+    ap.add_argument("--out", help="where the pictures go (samples.png) or the list (bad_rows.csv)")
     args = ap.parse_args()
-    data = Scenes(args.n) if args.data == "scenes" else open_dataset(args.data)
-    n = min(args.n, len(data))
+    if args.command:
+        if len(args.command) != 2 or args.command[0] != "check":
+            ap.error("the command is: check PATH")
+        return check(open_dataset(args.command[1], images=args.images), args.out or "bad_rows.csv")
+    if args.data == "scenes":
+        data = Scenes(args.n)
+    else:
+        data = open_dataset(args.data, images=args.images)
+    draw_samples(data, min(args.n, len(data)), args.out or "samples.png")
+
+
+def draw_samples(data, n, out):
     sheet = Image.new("RGB", (228 * n + 4, 460), "white")
     for i in range(n):
         image, caption = data.pair(i)
@@ -779,8 +971,8 @@ def main():
             print(f"{name:11} {getattr(view, 'shape', view)}")
         sheet.paste(center_crop(image, 224), (228 * i + 4, 4))
         sheet.paste(local, (228 * i + 4, 232))
-    sheet.save(args.out)
-    print(f"drawn into {args.out}, local views below")
+    sheet.save(out)
+    print(f"drawn into {out}, local views below")
 
 
 if __name__ == "__main__":

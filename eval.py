@@ -9,8 +9,10 @@ segmentation of 4.5 and D.7, Table 12; of SPARC D.5 the formula of the prompts, 
 
 Percentages, except the local losses (nats) and the cost:
     retrieval       R@k: the true partner is among the k best; ties count against the model. A
-                    picture may find any of its captions, each caption must find its picture
-    classification  top-1 of 8 shapes and 8 colours, on scenes of one object
+                    picture may find any of its captions, each caption must find its picture. Equal
+                    texts count as one, which belongs to all of their pictures and may find any
+    classification  top-1 of 8 shapes and 8 colours, on scenes of one object; of a folder of class
+                    folders, top-1 of the classes, by their captions
     segmentation    each patch gets the class of the closest text, an object's or the background's.
                     miou: mean over the objects, in pixels. patch_acc: patches on an object
     alignment       colour_word_acc, shape_word_acc: a word's best patch lies on the object that it
@@ -35,9 +37,10 @@ import os
 import pathlib
 import torch
 from tqdm import tqdm
-from data import COLOURS, SHAPES, Scenes, Tokenizer, center_crop, normalize, open_dataset
-from data import sparc_prompts, to_tensor, word_tokens, write
+from data import COLOURS, SHAPES, BadRow, Scenes, Tokenizer, center_crop, clean, normalize
+from data import open_dataset, sparc_prompts, to_tensor, word_tokens, write
 from losses import DTYPES, OBJECTIVES, unit
+from machine import DEVICES, pick_device
 from model import CLIP, UserError
 
 
@@ -131,16 +134,23 @@ def similarities(objective, v, V, t, T, M, rows=16):
     return tuple(map(torch.cat, zip(*blocks)))
 
 
-def retrieval(s_i2t, s_t2i, owner):
+def retrieval(s_i2t, s_t2i, owner, number=None):
     """R@1, R@5 and R@10 both ways, in per cent. FILIP 4.3, Table 2; SPARC 4.3, Tables 1 and 11.
-    s_i2t, s_t2i (B,C) similarities of pictures and texts; owner (C,) the picture of each text."""
-    own = owner[None] == torch.arange(len(s_i2t), device=owner.device)[:, None]  # (B, C)
-    best = s_i2t.masked_fill(~own, -torch.inf).amax(1, keepdim=True)  # (B, 1)
-    rank_i = (~(s_i2t < best) & ~own).sum(1)  # strangers that are not below it, NaN too
-    true = s_t2i.gather(0, owner[None])  # (1, C)
-    rank_t = (~(s_t2i < true) & ~own).sum(0)
+    s_i2t, s_t2i (B,C) similarities of pictures and texts; owner (C,) the picture of each text;
+    number (C,) below C: equal texts have the same. They count as one, of all their pictures."""
+    each = torch.arange(len(owner))
+    number = each if number is None else number.cpu()
+    first = each.scatter_reduce(0, number, each, "amin", include_self=False)[number] == each
+    first, number = first.to(owner.device), number.to(owner.device)
+    has = torch.zeros_like(s_i2t, dtype=torch.bool)  # (B, C): picture, number of a text
+    has[owner, number] = True
+    own = has[:, number]  # (B, C)
+    ranks = []
+    for s, dim, counts in ((s_i2t, 1, first), (s_t2i, 0, first | True)):
+        best = s.masked_fill(~own, -torch.inf).amax(dim, keepdim=True)
+        ranks.append((~(s < best) & ~own & counts).sum(dim))  # strangers not below it, NaN too
     return {f"{way}_r{k}": 100 * (rank < k).sum().item() / len(rank)
-            for way, rank in (("i2t", rank_i), ("t2i", rank_t)) for k in (1, 5, 10)}
+            for way, rank in zip(("i2t", "t2i"), ranks) for k in (1, 5, 10)}
 
 
 @torch.no_grad()
@@ -328,34 +338,68 @@ def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
     return out
 
 
-def on_pairs(model, tok, args, path, progress=True):
-    """Retrieval on a CSV: every picture, every caption."""
-    data, size = open_dataset(path), model.config["image_size"]
-    features = []
-    for i in tqdm(range(0, len(data), 100), "pictures", disable=not progress, leave=False):
-        numbers = range(i, min(i + 100, len(data)))
-        features.append(encode_images(model, [center_crop(data.open(k), size) for k in numbers]))
-    v, V = map(torch.cat, zip(*features))
-    owner = [i for i, captions in enumerate(data.captions) for _ in captions]
-    texts = encode_texts(model, tok, data.texts())
-    s_i2t, s_t2i = similarities(OBJECTIVES[args.loss], v, V, *texts)
-    return {"retrieval": retrieval(s_i2t, s_t2i, torch.tensor(owner, device=v.device))}
+def encode_pairs(model, data, progress=True):
+    """Pairs -> v (B,D), V (B,P,D) of what can be read, its numbers, [BadRow]. Else UserError."""
+    features, numbers, bad, size = [], [], [], model.config["image_size"]
+    for first in tqdm(range(0, len(data), 100), "pictures", disable=not progress, leave=False):
+        crops = []
+        for i in range(first, min(first + 100, len(data))):
+            try:
+                crops.append(center_crop(data.pair(i, size=size)[0], size))
+                numbers.append(i)
+            except BadRow as e:
+                bad.append(e)
+        if crops:
+            features.append(encode_images(model, crops))
+    if not features:
+        raise UserError(f"no picture can be read; the first: {bad[0]}")
+    return *map(torch.cat, zip(*features)), numbers, bad
 
 
-def evaluate(folder, data=None, n=1000, device="cpu", progress=True):
-    """Evaluate a run folder and write its metrics.json -> the metrics.
-    data: "scenes" or a CSV; None: what the run was trained for. n: the number of scenes."""
+def on_pairs(model, tok, args, data, progress=True):
+    """Retrieval on Pairs: every picture, every caption; top-1 where folders tell classes."""
+    objective = OBJECTIVES[args.loss]
+    v, V, pictures, bad = encode_pairs(model, data, progress)
+    texts = [text for i in pictures for text in data.captions[i]]
+    owner = [b for b, i in enumerate(pictures) for _ in data.captions[i]]
+    owner, names = torch.tensor(owner, device=v.device), {}
+    number = torch.tensor([names.setdefault(clean(text), len(names)) for text in texts])
+    s_i2t, s_t2i = similarities(objective, v, V, *encode_texts(model, tok, texts))
+    out = {"retrieval": retrieval(s_i2t, s_t2i, owner, number)}
+    if data.classes:
+        prompts = {data.label(i): data.captions[i] for i in pictures}
+        classes = [encode_texts(model, tok, captions) for captions in prompts.values()]
+        found = [list(prompts)[k] for k in classify(objective, v, V, classes).tolist()]
+        hits = [data.label(i) == k for i, k in zip(pictures, found)]
+        out["classification"] = {"class": percent(hits)}
+    repeated = int((number.bincount()[number] > 1).sum())
+    if repeated:
+        print(f"note: {repeated:,} of {len(texts):,} texts repeat: equal ones count as one")
+    bad = [*data.bad, *bad]
+    if bad:
+        print(f"note: {len(bad):,} rows are left out; the first: {bad[0]}")
+    out["about"] = {"pictures": len(v), "texts": len(texts), "texts_that_repeat": repeated,
+                    "rows_left_out": len(bad)}
+    return out
+
+
+def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None):
+    """Evaluate a run folder and write its metrics.json -> the metrics. data, images: what
+    data.open_dataset takes, or "scenes" (n of them); None: what the run was trained for."""
     model, tok, args = load_run(folder, device)
-    data = data or (args.data if args.data == "scenes" else args.val)
+    if not data:
+        data = args.data if args.data == "scenes" else args.val
+        images = getattr(args, "images", None)
     if not data or (data == "scenes" and args.data != "scenes"):
         raise UserError(f"{folder} was trained on {args.data}: name the pictures to evaluate on "
-                        f"with --data FILE.csv")
+                        f"with --data PATH")
     if data == "scenes":
         metrics = on_scenes(model, tok, args, n, progress=progress)
     else:
-        metrics = on_pairs(model, tok, args, data, progress)
-    metrics["cost"] = args.cost
-    metrics["about"] = {"loss": args.loss, "model": args.model, "data": data, "step": args.step}
+        metrics = on_pairs(model, tok, args, open_dataset(data, images=images), progress)
+    about = {"loss": args.loss, "model": args.model, "data": data, "step": args.step}
+    about |= metrics.pop("about", {})
+    metrics |= {"cost": args.cost, "about": about}
 
     def save(path):
         pathlib.Path(path).write_text(json.dumps(metrics, indent=1))
@@ -505,10 +549,10 @@ def main():
                                              "write metrics.json in each run folder.")
     ap.add_argument("runs", nargs="+", metavar="RUN",
                     help="run folders, such as runs/sparc; or the word cost, for the papers' costs")
-    ap.add_argument("--data", help="scenes, or a CSV (default: what the run was trained for)")
+    ap.add_argument("--data", help="scenes, or as train.py --data (default: what the run is for)")
+    ap.add_argument("--images", help="the folder of the pictures that a JSON file names")
     ap.add_argument("--n", type=int, default=1000, help="number of test scenes")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ap.add_argument("--device", default=device, help="where to compute")
+    ap.add_argument("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
     args = ap.parse_args()
     if args.runs == ["cost"]:
         print(cost_table(), filip_table(), sep="\n\n")
@@ -517,7 +561,8 @@ def main():
         raise UserError(f"--n {args.n}: at least 10 scenes are needed")
     names = [os.path.basename(os.path.normpath(run)) for run in args.runs]
     names = names if len(set(names)) == len(names) else args.runs
-    print(table({name: evaluate(run, args.data, args.n, args.device)
+    device = pick_device(args.device)
+    print(table({name: evaluate(run, args.data, args.n, device, images=args.images)
                  for name, run in zip(names, args.runs)}))
 
 

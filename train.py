@@ -7,9 +7,10 @@
 Covers: SPARC 4.1 and D.4 (AdamW, warm-up, cosine, weights of the losses), FILIP 3.1.1 (the tokens
 that are sent), 4.1 and A.2 (LAMB, weight decay), PyramidCLIP 3.2, A.2 and F (crops, LeFF, terms).
 
-A run folder holds last.pt (weights, optimiser, vocabulary, options), log.csv, args.json and, at
-the end, metrics.json and align.png. A batch depends on the seed and the step's number alone, so a
-run that is killed and resumed ends with the numbers of one that was not.
+A run folder holds last.pt (weights, optimiser, vocabulary, options), log.csv, args.json, of files
+bad_rows.csv (what can't be used) and, at the end, metrics.json and align.png. A batch depends on
+the seed and the step's number alone, so a run that is killed and resumed ends with the numbers of
+one that was not.
 
 Differs from the papers:
 - The defaults suit scenes. SPARC has 16,348 pairs a batch, sigma 1/P, a local weight of 0.5 to 10,
@@ -23,17 +24,23 @@ Differs from the papers:
   --weight-decay, --clip-grad and CLIP's loss beside it (clip+filip) steady it.
 - BatchNorm (RN50, LeFF) sees the pictures of one process on CPUs, of all processes on GPUs.
 """
-import argparse, ctypes, json, math, os, pathlib, random, shutil, signal, sys, tempfile, time
+import argparse, collections, copy, csv, json, math, os, pathlib, random, shutil, signal, sys
+import tempfile, time
+from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 import eval as evaluation
+import losses as objectives
 import model as models
 import visualize
-from data import Batches, Scenes, Tokenizer, UserError, normalize, open_dataset, write
+from data import BadRow, Batches, Scenes, Tokenizer, UserError, center_crop, collate, normalize
+from data import open_dataset, write
 from losses import DTYPES, OBJECTIVES, SIX
+from machine import DEVICES, BadData, ignore_ctrl_c, keep_memory, leave_processes, peak_memory
+from machine import pick_device, pick_precision, start_processes
 
 # ----------------------------------------------------------------------------------------- options
 # Defaults that depend on the data, and for --model tiny on the data too.
@@ -47,7 +54,9 @@ TINY = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, context
 PYRAMID = ("hard_targets", "leff", "no_leff", "local_crop", "regions")
 # Options that may change when a run is resumed: they do not change its numbers.
 FREE = ("out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every",
-        "amp", "checkpointing", "compile")
+        "amp", "checkpointing", "compile", "val", "images", "max_bad")
+VALIDATE = 250                          # pairs, at most; log.csv's columns about them:
+VALIDATION = ("val_loss", *(f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))
 
 
 def flags():
@@ -68,7 +77,8 @@ def flags():
     group = ap.add_argument_group("what people change")
     add("--loss", "choose the objective, listed below", "sparc", choices=list(OBJECTIVES))
     add("--model", f"choose the towers: {', '.join(models.CONFIGS)}", "tiny")
-    add("--data", "train on scenes (built in), or a CSV with the columns image,caption", "scenes")
+    add("--data", "train on scenes (built in), or on pictures with captions: a table (CSV, TSV, "
+        "JSONL), COCO's or Karpathy's JSON, a folder, tar shards; see data.py", "scenes")
     add("--out", "write the run into this folder (runs/LOSS)")
     add("--steps", "take so many optimiser steps (scenes 2800, files 3000)", **whole)
     add("--batch-size", "draw so many pairs a step in all; halve it if memory runs out", 128)
@@ -77,9 +87,9 @@ def flags():
     add("--image-size", "set a picture's side (tiny: scenes 56, files 112; else model's)", **whole)
     add("--resume", "go on from the folder's last.pt, or start if there is none", **switch)
     add("--seed", "change the initial weights, the data and its order", 0)
-    amp, devices = ("auto", "off", "bf16", "fp16"), ("cpu", "cuda")
+    amp = ("auto", "off", "bf16", "fp16")
     add("--amp", "choose autocast's precision; auto: bf16 where it is faster", "auto", choices=amp)
-    add("--device", "compute there", devices[torch.cuda.is_available()], choices=devices)
+    add("--device", "compute there; mps is Apple's", "auto", choices=DEVICES)
     group = ap.add_argument_group("model (by default the model's own; for tiny as said)")
     add("--pool", "pool by [CLS] and EOT, or by means and h_v (mean)", choices=("cls", "mean"))
     add("--patch-size", "set a patch's side in pixels (scenes 8, files 16)", **whole)
@@ -89,8 +99,14 @@ def flags():
     add("--patches-through-h", "send patches through h_v in training too (yes if --pool mean)",
         action=argparse.BooleanOptionalAction)
     group = ap.add_argument_group("data")
-    add("--val", "validate on this CSV (val.csv beside --data, if there is one)")
-    add("--vocab", "learn:N entries, or read CLIP's merges (scenes learn:1000, files learn:8000)")
+    add("--images", "look here for the pictures that a JSON file names (beside it)")
+    add("--val", "validate on these pairs (val.csv beside --data, if there is one)")
+    add("--max-bad", "stop if more than this share of the samples seen can't be used, and more "
+        "than 10; 0 stops at the first", 0.01)
+    add("--mask-equal-texts", "count no pair of a batch as another's negative if their texts are "
+        "equal, as class names are (the papers: they count)", **switch)
+    add("--vocab", "learn:N entries, or take CLIP's (clip, or the path of its merges; scenes "
+        "learn:1000, files learn:8000)")
     add("--crop", "crop to this share or more (scenes: no crop; files 0.5, pyramid 0.9)", **number)
     add("--paraphrase", "tell this share of scenes in other words, as for FILIP Table 4", 0.0)
     add("--mismatch", "let words and scenes disagree this often, as in PyramidCLIP Figure 1", 0.0)
@@ -145,6 +161,8 @@ def users(name):
     """Objectives that look at the option of this name."""
     if name in PYRAMID:
         return ["pyramid"]
+    if name == "mask_equal_texts":                           # pyramid's targets are soft already
+        return [k for k in OBJECTIVES if k != "pyramid"]
     readers = [k for k, objective in OBJECTIVES.items() if name in objective.options]
     return readers or list(OBJECTIVES)
 
@@ -166,6 +184,7 @@ def options():
     if args.benchmark:
         args.steps, args.eval_every, args.log_every = 25, 0, 1000
         args.out = tempfile.mkdtemp()
+    args.device = pick_device(args.device)
     fill_in(args)
     check(args)
     return args
@@ -189,7 +208,7 @@ def fill_in(args):
     if args.loss == "pyramid" and kind == "files":
         defaults["crop"] = 0.9                               # PyramidCLIP 3.2: the global view
     beside = os.path.join(os.path.dirname(args.data), "val.csv")
-    if kind == "files" and os.path.isfile(beside):
+    if os.path.isfile(args.data) and os.path.isfile(beside):
         defaults["val"] = beside
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -208,6 +227,8 @@ def check(args):
     for name in ("keep", "crop", "local_crop"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) <= 1:
             raise UserError(f"{flag(name)} must lie in 0..1, above 0, not {getattr(args, name)}")
+    if not 0 <= args.max_bad <= 1:
+        raise UserError(f"--max-bad is a share of the samples, in 0..1, not {args.max_bad}")
     if args.sigma != "1/P" and not 0 <= args.sigma <= 1:
         raise UserError(f"--sigma is a share of the largest similarity, in 0..1, not {args.sigma}")
     if len(set(args.terms)) < len(args.terms):
@@ -218,6 +239,25 @@ def check(args):
 
 
 # --------------------------------------------------------------------------------------- one step
+def number_texts(ids):
+    """ids (b,L) -> (b,), equal texts have the same number. On the CPU, for not all devices can."""
+    return ids.cpu().unique(dim=0, return_inverse=True)[1].to(ids.device)
+
+
+def masked_info_nce(ids, M):
+    """ids, M (b,L) of my texts -> info_nce without the negatives whose text equals one's own. (To
+    share the target among equal texts would change nothing: their logits are equal.)"""
+    own, plain = objectives.labels(ids), objectives.info_nce
+    everyone = objectives.gather_texts(ids[..., None], M)[0][..., 0]     # (B, L)
+    number = number_texts(everyone)                          # (B,)
+    twins = number[own][:, None] == number                   # (b, B)
+    twins.scatter_(1, own[:, None], False)
+
+    def info_nce(*logits):
+        return plain(*(s.masked_fill(twins, -torch.inf) for s in logits))
+    return info_nce
+
+
 class ModelAndLoss(nn.Module):
     """Both in one forward, so that DistributedDataParallel sees which parameters the loss uses."""
 
@@ -225,14 +265,19 @@ class ModelAndLoss(nn.Module):
         super().__init__()
         self.model, self.lap, self.objective = model, lap, OBJECTIVES[args.loss]
         self.head = self.objective.head(model.config["embed_dim"])
-        self.options = evaluation.loss_options(args)
+        self.options, self.mask = evaluation.loss_options(args), args.mask_equal_texts
 
     def features(self, batch):
         pictures = {k: normalize(x) for k, x in batch.items() if k.startswith("images")}
-        return self.model(**(batch | pictures))              # {v, V, t, T, M, scale, ...}
+        f = self.model(**(batch | pictures))                 # {v, V, t, T, M, scale, ...}
+        return f | {"ids": batch["ids"]}
 
     def loss(self, f):
-        return self.objective.loss(f, self.head, **self.options)     # {"loss", its parts}, scalars
+        """-> {"loss", its parts}, scalars"""
+        if not self.mask:
+            return self.objective.loss(f, self.head, **self.options)
+        with patch.object(objectives, "info_nce", masked_info_nce(f["ids"], f["M"])):
+            return self.objective.loss(f, self.head, **self.options)
 
     def forward(self, batch):
         f = self.features(batch)
@@ -285,9 +330,9 @@ def in_parts(run, batch):
     chunks = [dict(zip(batch, column)) for column in zip(*columns)]
     with torch.no_grad(), run.autocast():
         features = [module.features(chunk) for chunk in chunks]
-    names = [name for name in features[0] if name not in ("M", "scale")]
+    names = [name for name in features[0] if name not in ("M", "scale", "ids")]
     f = {name: torch.cat([x[name] for x in features]).requires_grad_() for name in names}
-    f |= {"M": batch["mask"], "scale": run.model.logit_scale.exp()}
+    f |= {"M": batch["mask"], "scale": run.model.logit_scale.exp(), "ids": batch["ids"]}
     run.lap("forward")
     with run.autocast():
         losses = module.loss(f)
@@ -361,16 +406,13 @@ def make_optimizer(module, args):
 
 # --------------------------------------------------------------------------------- data and model
 def make_data(args, merges=None):
-    """-> training data, tokeniser (the checkpoint's merges, else what --vocab says), validation
-    pairs [(picture, caption)]."""
+    """-> training data, tokeniser (the checkpoint's merges, else what --vocab says)."""
     if args.data == "scenes":
         size = args.image_size or models.CONFIGS[args.model]["image_size"]
         data = Scenes(1_000_000, args.seed, size, mismatch=args.mismatch,
                       paraphrase=args.paraphrase)
-        val = Scenes(250, args.seed, size, "val")
     else:
-        data = open_dataset(args.data, args.regions)
-        val = open_dataset(args.val) if args.val else []
+        data = open_dataset(args.data, args.regions, args.images)
     entries = args.vocab.removeprefix("learn:")
     if merges is not None:
         tok = Tokenizer(merges)
@@ -380,7 +422,26 @@ def make_data(args, merges=None):
         tok = Tokenizer.train(data.texts(), int(entries))
     else:
         raise UserError(f"--vocab {args.vocab}: the number of entries is missing, as in learn:8000")
-    return data, tok, [val.pair(i) for i in range(min(250, len(val)))]
+    return data, tok
+
+
+def make_validation(args, tok, size, length):
+    """The first pairs to validate on, as a batch on the CPU; nothing if there are none to read."""
+    if args.data == "scenes":
+        data = Scenes(VALIDATE, args.seed, size, "val")
+    else:
+        data = open_dataset(args.val, images=args.images) if args.val else []
+    samples, bad = [], list(getattr(data, "bad", []))
+    for i in range(min(VALIDATE, len(data))):
+        try:
+            image, caption = data.pair(i, size=size)
+            views = data.views(i, image, caption) if args.loss == "pyramid" else {}
+            samples.append({"images": center_crop(image, size), "caption": caption} | views)
+        except BadRow as e:
+            bad.append(e)
+    if bad:
+        print(f"note: {len(bad)} rows of {args.val} can't be used; the first: {bad[0]}")
+    return samples and collate(samples, tok, length)
 
 
 def make_model(args, tok):
@@ -411,7 +472,9 @@ def make_model(args, tok):
 
 def report_terms(data, args):
     """Say which of PyramidCLIP's terms the data can't feed. Raises UserError if none is left."""
-    views, missing = data.views(0, *data.pair(0)), {}
+    views, missing = {"regions", "objects"}, {}              # what scenes have
+    if args.data != "scenes":
+        views = data.views(0, None, data.captions[0][0])
     if "regions" not in views:
         missing["R"] = "regions (--regions FILE.npz)"
     if "objects" not in views:
@@ -430,8 +493,18 @@ def report_terms(data, args):
 
 
 # ---------------------------------------------------------------------------------------- the run
-class BadData(UserError):
-    """Found by one process alone, which has to say so itself; what all find, the first one says."""
+def report_texts(data, tok, length):
+    """Say how many captions are cut, and how many are those of other pictures too."""
+    texts = data.texts()
+    some = random.Random(0).sample(texts, min(5000, len(texts)))
+    cut = sum(len(tok.encode(text)) + 2 > length for text in some)
+    if cut:
+        print(f"note: {100 * cut / len(some):.1f}% of the captions are longer than {length} "
+              f"tokens and lose their ends (--context-length)")
+    repeats = 100 - 100 * len(set(texts)) / len(texts)
+    if not isinstance(data, Scenes) and repeats >= 0.1:
+        print(f"note: {repeats:.1f}% of the captions repeat others; in a batch their pictures are "
+              f"negatives of each other (--mask-equal-texts)")
 
 
 class Run:
@@ -440,6 +513,7 @@ class Run:
 
     def __init__(self, args):
         self.args, self.stop, self.asked, self.spent, self.lapped = args, False, False, {}, 0.0
+        self.bad, self.known, self.found = {}, 0, []  # bad rows: all, before step 1, in this step
         self.rank, self.world, self.device = start_processes(args)
         self.first, self.gpu = self.rank == 0, self.device.type == "cuda"
         ckpt = open_run(args) if self.first or args.resume else None
@@ -447,7 +521,13 @@ class Run:
         if self.world > 1:
             dist.broadcast_object_list(amp, 0)               # one answer for all
         args.amp = amp[0]
-        self.data, self.tok, self.val = make_data(args, ckpt and ckpt["merges"])
+        self.data, self.tok = make_data(args, ckpt and ckpt["merges"])
+        self.content = "scenes"
+        if args.data != "scenes":
+            self.content = self.data.fingerprint()
+        if ckpt and ckpt.get("content", self.content) != self.content:
+            raise UserError(f"{args.data} has other pictures or captions than the data that "
+                            f"{args.out} was trained on: give the same data, or another --out")
         torch.manual_seed(args.seed)
         self.model = make_model(args, self.tok).to(self.device)
         self.module = ModelAndLoss(self.model, args, self.lap).to(self.device)
@@ -458,6 +538,14 @@ class Run:
             self.start, self.seconds = ckpt["step"], ckpt["seconds"]
             for name, part in self.state().items():
                 part.load_state_dict(ckpt[name])
+        if args.data != "scenes":
+            rows = [e.args for e in self.data.bad]
+            self.add_bad(rows, len(self.data.texts()))
+            self.known = len(self.bad)
+            self.add_bad(ckpt.get("bad", []) if ckpt else [], self.start * args.batch_size)
+        if self.first:
+            self.val = make_validation(args, self.tok, self.model.config["image_size"],
+                                       self.model.context_length)
         self.loader = self.load()
         self.parallel = self.module
         if self.world > 1 and self.gpu:
@@ -502,12 +590,10 @@ class Run:
               f"{len(self.data):,} pictures, vocabulary {self.tok.vocab_size:,}, "
               f"{args.steps - self.start} steps of {args.batch_size}, "
               f"{self.world} x {self.device.type}, {args.amp}; results go to {args.out}")
-        texts, length = self.data.texts(), self.model.context_length
-        texts = random.Random(0).sample(texts, min(5000, len(texts)))
-        cut = sum(len(self.tok.encode(text)) + 2 > length for text in texts)
-        if cut:
-            print(f"note: {100 * cut / len(texts):.1f}% of the captions are longer than {length} "
-                  f"tokens and lose their ends (--context-length)")
+        if self.bad:
+            where, _, reason = next(iter(self.bad))
+            print(f"note: {len(self.bad):,} rows can't be used; the first: {where}: {reason}")
+        report_texts(self.data, self.tok, self.model.context_length)
         if args.loss == "pyramid":
             report_terms(self.data, args)
 
@@ -516,6 +602,7 @@ class Run:
         batch = next(self.loader)
         if "error" in batch:
             raise BadData(batch["error"])
+        self.found = list(map(tuple, batch.pop("bad", [])))
         batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
         self.lap("data")
         return batch
@@ -537,15 +624,44 @@ class Run:
             self.lapped = now
 
     def agree(self, losses):
-        """One small message a step -> {name: mean over all processes}. Was any asked to stop?"""
-        stop = torch.tensor(float(self.stop), device=self.device)
-        numbers = torch.stack([*(x.detach().float() for x in losses.values()), stop])
+        """One small message a step -> {name: mean over all processes}. Was any asked to stop? Then
+        the bad rows that this step's batch met anywhere, if any."""
+        flags = torch.tensor([self.stop, self.found != []]).float().to(self.device)
+        numbers = torch.cat([torch.stack([x.detach().float() for x in losses.values()]), flags])
         if self.world > 1:
             dist.all_reduce(numbers)
             numbers /= self.world
-        *means, asked = numbers.tolist()
+        *means, asked, found = numbers.tolist()
         self.asked = asked > 0
+        if found and self.world > 1:
+            lists = [None] * self.world
+            dist.all_gather_object(lists, self.found)
+            self.found = sum(lists, [])
         return dict(zip(losses, means))
+
+    def add_bad(self, rows, good, done=0):
+        """Rows (where, what, reason) that can't be used -> bad_rows.csv, each once. UserError if
+        they are too many beside the good samples; those known before step 1 count on their own."""
+        self.bad |= dict.fromkeys(rows)
+        path = os.path.join(self.args.out, "bad_rows.csv")
+
+        def save(temporary):
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("where", "what", "reason"), *self.bad])
+        if self.first:
+            write(path, save)
+        share, new = self.args.max_bad, list(self.bad)[self.known:]
+        seen = good + len(new)
+        if len(new) > (max(10, share * seen) if share else 0):
+            if done:
+                self.save(done)
+                self.bar.close()
+            kinds = collections.Counter(reason.replace(what or " ", "a picture").split(" (")[0]
+                                        for _, what, reason in new).most_common(3)
+            kinds = "; ".join(f"{n:,} x {reason}" for reason, n in kinds)
+            raise UserError(f"{len(new):,} of {seen:,} samples can't be used ({kinds}), more than "
+                            f"--max-bad {share} allows: mend them or raise it; {path} lists them, "
+                            f"and `python data.py check {self.args.data}` finds all")
 
     def save(self, done):
         """Replace last.pt by the state after so many steps."""
@@ -554,7 +670,7 @@ class Run:
         ckpt = {name: part.state_dict() for name, part in self.state().items()}
         ckpt |= {"step": done, "seconds": self.seconds + time.perf_counter() - self.began,
                  "peak_mb": peak_memory(), "config": self.model.config, "args": vars(self.args),
-                 "merges": self.tok.merges}
+                 "merges": self.tok.merges, "content": self.content, "bad": list(self.bad)}
 
         def to_disk(path):
             with open(path, "wb") as file:
@@ -573,10 +689,11 @@ def train(args):
         losses, f, norm = training_step(run, step)
         run.bar.update()
         done = step + 1
-        if done % args.log_every == 0 or done == args.steps:
-            log_step(run, done, losses, f, norm)
-        if run.val and args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            validate(run, done)
+        if run.found:
+            run.add_bad(run.found, done * args.batch_size, done)
+        due = args.eval_every and (done % args.eval_every == 0 or done == args.steps)
+        if due or done % args.log_every == 0 or done == args.steps:
+            log_step(run, done, losses, f, norm, validate(run, done) if due else {})
         if done % args.save_every == 0 or done == args.steps or run.asked:
             run.save(done)
         if run.asked:
@@ -592,7 +709,7 @@ def train(args):
 
 
 @torch.no_grad()
-def log_step(run, done, losses, f, norm):
+def log_step(run, done, losses, f, norm, validation):
     """A row of log.csv. All processes compute, as losses send messages; the first one writes."""
     now, objective = time.perf_counter(), run.module.objective
     rate = run.args.batch_size * (done - run.logged) / (now - run.since)
@@ -603,34 +720,44 @@ def log_step(run, done, losses, f, norm):
         if objective.local:                                  # as low: it can ignore the picture
             strangers = f | {"V": f["V"].roll(len(f["V"]) // 2, 0)}
             row["local_shuffled"] = run.module.loss(strangers)[objective.local].item()
-    own = torch.arange(len(scores), device=run.device)
-    accuracy = 100 * (scores.argmax(1) == own).float().mean().item()
+    number = number_texts(f["ids"])
+    accuracy = 100 * (number[scores.argmax(1)] == number).float().mean().item()
     row.setdefault("scale", f["scale"].item())
     row |= {"accuracy": accuracy, "grad_norm": norm, "lr": learning_rate(done - 1, run.args)}
     if run.first:
         run.bar.set_postfix({"loss": f"{row['loss']:.3f}", "scale": f"{row['scale']:.1f}",
-                             "acc": f"{accuracy:.0f}%", "img/s": f"{rate:.0f}"})
-        row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
+                             "acc": f"{accuracy:.0f}%", "img/s": f"{rate:.0f}"}
+                            | ({"bad": len(run.bad)} if run.bad else {}))
         seconds = run.seconds + now - run.began
         row |= {"images_per_s": f"{rate:.0f}", "seconds": f"{seconds:.1f}"}
+        row |= dict.fromkeys(VALIDATION, "") | validation
+        row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
         add_row(os.path.join(run.args.out, "log.csv"), row)
 
 
 @torch.no_grad()
 def validate(run, done):
-    """Print R@1 both ways on the validation pairs. log.csv's rate leaves this time out."""
-    if not run.first:
-        return
-    pictures, captions = zip(*run.val)
+    """Loss (mean over batches of --batch-size) and recall of the validation pairs -> {one of
+    VALIDATION: number}, in the first process alone. log.csv's rate leaves this time out."""
+    if not run.first or not run.val:
+        return {}
+    start, module, losses = time.perf_counter(), run.module, []
+    head = copy.deepcopy(module.head)                        # MGCA's loss changes its prototypes
     run.model.eval()
-    with run.autocast():
-        v, V = evaluation.encode_images(run.model, pictures)
-        t, T, M = evaluation.encode_texts(run.model, run.tok, captions)
+    with run.autocast(), patch.object(objectives, "world", return_value=1):      # the others wait
+        f = module.features({name: x.to(run.device) for name, x in run.val.items()})
+        b = min(len(f["v"]), run.args.batch_size)
+        for i in range(0, len(f["v"]) - b + 1, b):
+            some = {name: x[i:i + b] if x.ndim else x for name, x in f.items()}
+            losses.append(module.objective.loss(some, head, **module.options)["loss"].item())
     run.model.train()
-    scores = evaluation.similarities(run.module.objective, v, V, t, T, M)
-    r = evaluation.retrieval(*scores, torch.arange(len(v), device=v.device))
-    run.bar.write(f"step {done}: validation R@1 {r['i2t_r1']:.1f} / {r['t2i_r1']:.1f} of {len(v)}")
-    run.since = time.perf_counter()
+    scores = evaluation.similarities(module.objective, *(f[name] for name in "vVtTM"))
+    own = torch.arange(len(f["v"]), device=run.device)
+    r = evaluation.retrieval(*scores, own, number_texts(f["ids"]))
+    n, i2t, t2i = len(own), r["i2t_r1"], r["t2i_r1"]
+    run.bar.write(f"step {done}: validation R@1 {i2t:.1f} / {t2i:.1f} of {n}")
+    run.since += time.perf_counter() - start
+    return dict(zip(VALIDATION, (sum(losses) / len(losses), *r.values())))
 
 
 def report_times(spent, steps, batch_size):
@@ -659,7 +786,10 @@ def open_run(args):
         raise UserError(f"{args.out} already holds a run: add --resume to go on with it, "
                         f"--overwrite to start afresh, or another --out")
     ckpt = evaluation.read_checkpoint(last)
-    wrong = differences(args, ckpt["args"])
+    saved = ckpt["args"]
+    if "content" in ckpt and "scenes" not in (args.data, saved["data"]):
+        saved = saved | {"data": args.data}                  # Run compares what is in it
+    wrong = differences(args, saved)
     if wrong:
         raise UserError(f"{last} is a checkpoint of another run, with {', '.join(wrong)}: give the "
                         f"same options, or another --out")
@@ -684,9 +814,13 @@ def cut_log(path, step):
     """Drop the rows behind step from log.csv, so that the file is that of an unbroken run."""
     kept = []
     if step and os.path.exists(path):
-        rows = pathlib.Path(path).read_text().splitlines(True)
+        rows = pathlib.Path(path).read_text().splitlines()
         kept = [row for row in rows if row[:4] == "step" or int(row.split(",")[0]) <= step]
-    write(path, lambda tmp: pathlib.Path(tmp).write_text("".join(kept)))
+    if kept and VALIDATION[0] not in kept[0]:                # an older run's
+        names, *rows = kept
+        kept = [",".join([names, *VALIDATION]), *(row + "," * len(VALIDATION) for row in rows)]
+    text = "".join(row + "\n" for row in kept)
+    write(path, lambda tmp: pathlib.Path(tmp).write_text(text))
 
 
 def add_row(path, row):
@@ -699,90 +833,12 @@ def add_row(path, row):
         raise UserError(f"can't write {path} ({e.strerror}): free space, then --resume") from None
 
 
-# ------------------------------------------------------------------------------------- the machine
-def start_processes(args):
-    """Join the processes of torchrun, if there are several -> rank, number of processes, device."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in names.items())
-    device = torch.device(args.device, local if args.device == "cuda" else None)
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"{local + 1} processes but {torch.cuda.device_count()} GPUs: lower "
-                            f"--nproc-per-node, or use --device cpu")
-        torch.cuda.set_device(device)
-    else:
-        keep_memory()
-        if world > 1:                                        # torchrun leaves each one thread
-            cores = os.cpu_count()
-            if hasattr(os, "sched_getaffinity"):
-                cores = len(os.sched_getaffinity(0))
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-            torch.set_num_threads(max(1, cores // here))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
-
-
-def leave_processes():
-    """Leave the process group. Gloo's threads may still be releasing the last gather's tensors, for
-    which they need Python's lock: an interpreter that ended meanwhile would abort."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        time.sleep(0.2)
-
-
-def ignore_ctrl_c(worker):
-    """Ctrl-C reaches the data workers too; the main process decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def keep_memory():
-    """Let Linux's C library keep what a step frees for the next one. Else the system hands it out
-    again page by page, each wiped first: a tenth to a third of a small model's step."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    mallopt(M_TRIM_THRESHOLD, 1 << 30)
-    if not mallopt(M_MMAP_THRESHOLD, 1 << 30):               # older versions stop at 32 MB
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)
-
-
-def pick_precision(amp, device):
-    """auto -> bf16 where a matmul in it really is faster, fp16 on GPUs without bf16, else off."""
-    if amp != "auto":
-        return amp
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(1024, 1024).to(dtype)
-        x @ x
-        start = time.perf_counter()
-        for _ in range(3):
-            x @ x
-        seconds[dtype] = time.perf_counter() - start
-    return "bf16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "off"
-
-
-def peak_memory():
-    """The most memory this process has held, on the GPU if any, in MB, or None if unknown."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
+# ------------------------------------------------------------------------------------ the command
 def finish(args):
     """Evaluate and draw: what a run leaves behind."""
     print(f"trained; evaluating {args.out}")
     if args.data != "scenes" and not args.val:
-        print(f"no --val: evaluate with `python eval.py {args.out} --data FILE.csv`")
+        print(f"no --val: evaluate with `python eval.py {args.out} --data PATH`")
         return
     metrics = evaluation.evaluate(args.out, device=args.device)
     print(evaluation.table({os.path.basename(args.out): metrics}))

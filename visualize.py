@@ -1,31 +1,38 @@
 """Pictures of what a model has aligned: FILIP's Figure 2, and where each word looks.
 
     python visualize.py runs/sparc                # six scenes -> runs/sparc/align.png
-    python visualize.py runs/sparc --image dog.jpg --text "a dog on the beach" --words dog beach
+    python visualize.py runs/sparc --image dog.jpg --text "a dog eats ice cream" --words "ice cream"
 
 Covers: FILIP 4.5 (each patch carries the index of its best token, m_k of its eq. 4) and, for runs
 with SPARC's loss, the weights of its eqs. 2 to 4.
 
-From left to right: the picture; its patches with the index of their best token, in red on a bright
-patch where the token belongs to a word asked for, in white on a dimmed one elsewhere; then a panel
-for each of these words, its best patch framed. Its title says what it shows: the weights after
-eqs. 3 and 4 with the run's own sigma, or the similarity of the word and each patch (for FILIP the
-cosine, for other objectives the product).
+From left to right: the picture, as the model sees it (its central square, or with --fit pad all of
+it); its patches with the index of their best token, in red on a bright patch where the token
+belongs to a word asked for, in white on a dimmed one elsewhere; then a panel for each of these
+words, six in a row, its best patch framed. Its title says what it shows: the weights after eqs. 3
+and 4 with the run's own sigma, or the similarity of the word and each patch (for FILIP the cosine,
+for other objectives the product). A word of several tokens, or several words asked for as one,
+show the mean over their tokens.
 
 Differs from the papers: FILIP's figure shows patches only. A panel's colours run from its lowest
-value to its highest. A word of several tokens shows the last one.
+value to its highest.
 """
 import argparse
+import math
 import os
+import re
+import sys
 import torch
 from PIL import Image, ImageDraw, ImageFont
 import eval as evaluation
-from data import WORDS, Scenes, Word, center_crop, clean, open_dataset, open_image
+from data import BadRow, Scenes, Word, clean, fit, open_dataset, open_image
 from data import word_tokens, write
 from losses import OBJECTIVES, sparc_alignment
+from machine import DEVICES, pick_device
 from model import UserError
 
 SIDE, MARGIN, LINE = 280, 10, 22  # pixels: of one panel, between panels, of one line of text
+COLUMNS = 6  # panels side by side
 SMALL_WORDS = set("a an the of in on at by to with and or is are there it its his her their this "
                   "that while for from left right above below . , picture photo".split())
 
@@ -89,10 +96,10 @@ def word_panel(picture, s, grid):
     return out
 
 
-def draw_tokens(row, tokens, marked):
-    """The text below the panels, each token with its index; the marked ones in red."""
+def draw_tokens(row, top, tokens, marked):
+    """The text below the panels, each token with its index, the marked ones in red -> its end."""
     draw, font = ImageDraw.Draw(row), ImageFont.load_default(15)
-    x, y = MARGIN, SIDE + LINE + 4
+    x, y = MARGIN, top
     for k, token in enumerate(tokens):
         label, ink = f"{k} {token}", (90, 90, 90)
         if k in marked:
@@ -101,42 +108,65 @@ def draw_tokens(row, tokens, marked):
             x, y = MARGIN, y + LINE
         draw.text((x, y), label, ink, font=font)
         x += draw.textlength(label, font=font) + 14
+    return y + LINE
 
 
-def draw_row(model, tok, args, image, text, words):
-    """words: [(word, positions of its tokens)] to mark -> one row of panels, its text below."""
+def draw_row(model, tok, args, image, text, words, how="crop"):
+    """words: [(word, positions of its tokens)] to mark -> its panels, the text below. how: fit's"""
     grid, size = model.visual.grid, model.config["image_size"]
-    picture = center_crop(image, size)
+    picture, head = fit(image, size, how), ""
+    if how == "crop" and image.width != image.height:
+        head = f"the middle {min(image.size) / max(image.size):.0%} of the picture"
     s, name, best, tokens = align(model, tok, args, picture, text)
     way = Image.Resampling.NEAREST if size < 100 else Image.Resampling.BICUBIC
     picture = picture.resize((SIDE, SIDE), way)
-    words = [(word, [p for p in at if p < len(tokens) - 1]) for word, at in words]  # not cut off
-    words = [(word, at) for word, at in words if at][:4]
-    marked = {p for _, at in words for p in at}
-    panels = [("", picture), ("best token of each patch", grid_panel(picture, best, marked, grid))]
-    panels += [(f"{word}: {name}", word_panel(picture, s[at[-1]], grid)) for word, at in words]
-    width = 6 * (SIDE + MARGIN) + MARGIN
-    row = Image.new("RGB", (width, SIDE + 3 * LINE + MARGIN), "white")
-    draw, font = ImageDraw.Draw(row), ImageFont.load_default(15)
+    seen = [(word, [p for p in at if p < len(tokens) - 1]) for word, at in words]
+    lost = [word for (word, at), (_, left) in zip(words, seen) if left != at]
+    if lost:
+        print(f"note: the text is cut to {len(tokens)} tokens, wholly or in part cut off: "
+              f"{', '.join(dict.fromkeys(lost))}", file=sys.stderr)
+    seen = [(word, at) for word, at in seen if at]
+    marked = {p for _, at in seen for p in at}
+    numbered = grid_panel(picture, best, marked, grid)
+    panels = [(head, picture), ("best token of each patch", numbered)]
+    for word, at in seen:
+        word = f"{word} (mean of {len(at)} tokens)" if len(at) > 1 else word
+        panels.append((f"{word}: {name}", word_panel(picture, s[at].mean(0), grid)))
+    bottom = math.ceil(len(panels) / COLUMNS) * (SIDE + LINE)
+    width = COLUMNS * (SIDE + MARGIN) + MARGIN
+    row = Image.new("RGB", (width, bottom + (2 + len(tokens)) * LINE), "white")
+    draw = ImageDraw.Draw(row)
     for k, (title, panel) in enumerate(panels):
-        left = MARGIN + k * (SIDE + MARGIN)
-        row.paste(panel, (left, LINE))
-        draw.text((left, 2), title, "black", font=font)
-    draw_tokens(row, tokens, marked)
-    return row
+        left, top = MARGIN + k % COLUMNS * (SIDE + MARGIN), k // COLUMNS * (SIDE + LINE)
+        row.paste(panel, (left, top + LINE))
+        length = draw.textlength(title, font=ImageFont.load_default(15))
+        font = ImageFont.load_default(15 * min(1, 0.92 * SIDE / max(1, length)))
+        draw.text((left, top + 2), title, "black", font=font)
+    end = draw_tokens(row, bottom + 4, tokens, marked)
+    return row.crop((0, 0, width, max(bottom + 2 * LINE, end) + MARGIN))
 
 
 # ------------------------------------------------------------------------------ what to draw
 def find_words(tok, text, wanted=None):
-    """-> [(word, positions of its tokens)]: the wanted words, or all but articles and the like.
-    Raises UserError if one that is wanted is not there."""
-    words = [Word(w) for w in WORDS.findall(clean(text))]
-    names = {w.text for w in words}
-    missing = [w for w in wanted or [] if w not in names]
+    """-> [(word, positions of its tokens)]: the wanted words or phrases wherever they stand, or all
+    words but articles and the like. Raises UserError if one that is wanted is not there."""
+    text, found = clean(text), []
+    pieces = list(tok.words.finditer(text))  # "t-shirt" has three, a number as many as digits
+    tokens = word_tokens(tok, [Word(piece[0]) for piece in pieces])
+    if not wanted:
+        words = [word.strip(".,;:!?()\"'") for word in text.split()]
+        wanted = [word for word in words if word and word not in SMALL_WORDS]
+    wanted = dict.fromkeys(map(clean, wanted))
+    for word in wanted:  # but not inside a longer number
+        for match in re.finditer(rf"(?<!\d(?=\d)){re.escape(word)}(?!(?<=\d)\d)", text):
+            inside = [k for k, piece in enumerate(pieces)
+                      if match.start() <= piece.start() and piece.end() <= match.end()]
+            if inside and "".join(pieces[k][0] for k in inside) == word.replace(" ", ""):
+                found.append((word, [p for k in inside for p in tokens[k]]))
+    missing = [word for word in wanted if word not in dict(found)]
     if missing:
         raise UserError(f"--words {' '.join(missing)}: not in the text {text!r}")
-    wanted = wanted or names - SMALL_WORDS
-    return [(w.text, at) for w, at in zip(words, word_tokens(tok, words)) if w.text in wanted]
+    return sorted(found, key=lambda word: word[1])
 
 
 def first_thing(tok, scene):
@@ -160,14 +190,16 @@ def stack(rows, path):
     return path
 
 
-def draw_run(folder, data=None, n=6, device="cpu", out=None):
-    """align.png of a run: n test scenes, or the first n pictures of a CSV -> [paths]."""
+def draw_run(folder, data=None, n=6, device="cpu", out=None, images=None, how="crop"):
+    """n test scenes, or the first n pictures that can be read of data and images -> [align.png]"""
     model, tok, args = evaluation.load_run(folder, device)
-    data = data or (args.data if args.data == "scenes" else args.val)
+    if not data:
+        data = args.data if args.data == "scenes" else args.val
+        images = getattr(args, "images", None)
     if not data:
         raise UserError(f"{folder} was trained on {args.data}: name a picture with --image and "
-                        f"--text, or --data FILE.csv")
-    rows = []
+                        f"--text, or --data PATH")
+    rows, bad = [], "it is empty"
     if data == "scenes":
         scenes = Scenes(n, args.seed, model.config["image_size"], "test", objects=(2, 4))
         for i in range(n):
@@ -175,10 +207,17 @@ def draw_run(folder, data=None, n=6, device="cpu", out=None):
             words = first_thing(tok, s)
             rows.append(draw_row(model, tok, args, s["image"], s["caption"], words))
     else:
-        pairs = open_dataset(data)
-        for i in range(min(n, len(pairs))):
-            image, text = pairs.pair(i)
-            rows.append(draw_row(model, tok, args, image, text, find_words(tok, text)))
+        pairs = open_dataset(data, images=images)
+        for i in range(len(pairs)):
+            try:
+                image, text = pairs.pair(i, size=model.config["image_size"])
+                rows.append(draw_row(model, tok, args, image, text, find_words(tok, text), how))
+            except BadRow as e:
+                bad = e
+            if len(rows) == n:
+                break
+    if not rows:
+        raise UserError(f"{data} has no picture that can be read ({bad})")
     return [stack(rows, out or os.path.join(folder, "align.png"))]
 
 
@@ -187,12 +226,14 @@ def main():
     ap.add_argument("run", help="run folder of train.py, such as runs/sparc")
     ap.add_argument("--image", help="a picture of your own")
     ap.add_argument("--text", help="what it shows, as in \"a photo of a balloon\"")
-    ap.add_argument("--words", nargs="+", help="words to mark (default: all but articles)")
-    ap.add_argument("--data", help="scenes, or a CSV (default: what the run was trained for)")
-    ap.add_argument("--n", type=int, default=6, help="how many scenes, or pictures of the CSV")
+    ap.add_argument("--words", nargs="+", help="words, phrases to mark (default: all but articles)")
+    ap.add_argument("--fit", default="crop", choices=("crop", "pad"), help="show a wide picture's "
+                    "central square, as in training (default), or all of it")
+    ap.add_argument("--data", help="scenes, or as train.py --data (default: what the run is for)")
+    ap.add_argument("--images", help="the folder of the pictures that a JSON file names")
+    ap.add_argument("--n", type=int, default=6, help="how many scenes or pictures")
     ap.add_argument("--out", help="the PNG to write (default: RUN/align.png)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ap.add_argument("--device", default=device, help="where to compute")
+    ap.add_argument("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
     args = ap.parse_args()
     if bool(args.image) != bool(args.text):
         raise UserError("--image and --text go together: a picture, and the text to align with it")
@@ -200,12 +241,16 @@ def main():
         raise UserError(f"--n {args.n}: at least one picture")
     if args.words and not args.image:
         raise UserError("--words marks words of --text, for the picture --image")
+    device = pick_device(args.device)
     if not args.image:
-        print(*draw_run(args.run, args.data, args.n, args.device, args.out))
+        print(*draw_run(args.run, args.data, args.n, device, args.out, args.images, args.fit))
         return
-    model, tok, saved = evaluation.load_run(args.run, args.device)
-    words = find_words(tok, args.text, [w.lower() for w in args.words or []])
-    row = draw_row(model, tok, saved, open_image(args.image), args.text, words)
+    model, tok, saved = evaluation.load_run(args.run, device)
+    image = open_image(args.image, model.config["image_size"])
+    words = find_words(tok, args.text, args.words)
+    if args.fit == "crop" and image.width != image.height:
+        print(f"note: {args.image} is cut to a square: --fit pad shows all", file=sys.stderr)
+    row = draw_row(model, tok, saved, image, args.text, words, args.fit)
     print(stack([row], args.out or os.path.join(args.run, "align.png")))
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from data import (
     BACKGROUNDS, BOS, BYTES, COLOURS, EOT, FILLS, HELD_OUT, MEAN, SHAPES, SIZES, STD, WORDS,
-    Batches, Pairs, Scenes, Tokenizer, UserError, center_crop, clean, filip_prompts, join,
+    Batches, open_dataset, Scenes, Tokenizer, UserError, center_crop, clean, filip_prompts, join,
     normalize, open_dataset, open_image, random_crop, random_window, sparc_prompts, word_tokens)
 
 PLAIN = Tokenizer([])  # bytes only: every letter is a token
@@ -371,41 +371,51 @@ def test_pairs(tmp_path):
     assert pairs.pair(0)[1] == "one"
     assert {pairs.pair(0, r)[1] for _ in range(20)} == {"one", "three"}
     as_saved_by_spreadsheets = 'caption,image\n"red, blue",a.png\n', "utf-8-sig"
-    assert Pairs(write_csv(tmp_path, *as_saved_by_spreadsheets)).captions == [["red, blue"]]
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA"])
-def test_any_picture_becomes_rgb(tmp_path, mode):
-    Image.new("RGB", (8, 6), "white").convert(mode).save(tmp_path / "x.png")
-    im = open_image(tmp_path / "x.png")
-    assert im.mode == "RGB" and im.size == (8, 6) and np.asarray(im).min() == 255
+    assert open_dataset(write_csv(tmp_path, *as_saved_by_spreadsheets)).captions == [["red, blue"]]
 
 
 @pytest.mark.parametrize("text, parts", [
-    ("image,text\na.png,one\n", ["column caption", "image,text"]),
-    ("", ["column image", "column caption"]),
-    ("image,caption\n", ["no rows"]),
-    ("image,caption\na.png,one\nno.png,two\n", ["line 3", "no.png"]),
-    ("image,caption\na.png,one\n,two\n", ["line 3"]),
-    ("image,caption\na.png,one\nb.jpg,  \n", ["line 3", "caption", "b.jpg"]),
-    ("image,caption\na.png\n", ["line 2", "caption", "a.png"]),
-    ("image,caption\na.png,red, blue\n", ["line 2", "commas"]),
-    ("image,caption\na.png,café\n", ["UTF-8"])])
-def test_bad_csv(tmp_path, text, parts):
-    refuse(["d.csv", *parts], Pairs, write_csv(tmp_path, text, "latin-1"))
+    ("image,words\na.png,one\n", ["line 1", "no column of the caption", "title", "image, words"]),
+    ("", ["no column of the picture", "no column of the caption"]),
+    ("image,caption\n", ["no pair"]),
+    ("image,caption\nno.png,two\n", ["no pair", "line 2: there is no no.png"])])
+def test_bad_tables(tmp_path, text, parts):
+    """What is wrong with the table itself stops at once."""
+    refuse(["d.csv", *parts], open_dataset, write_csv(tmp_path, text, "latin-1"))
+
+
+@pytest.mark.parametrize("row, reason", [
+    ("no.png,two", "there is no no.png (paths start at"),
+    (",two", "the name of the picture is empty"),
+    ("b.jpg,  ", "the caption of b.jpg is empty"),
+    ("b.jpg", "the caption of b.jpg is empty"),
+    ("b.jpg,red, blue", "a broken row (3 cells in 2 columns: put quotes around"),
+    ('b.jpg,"red" blue', "a broken row ("),
+    ('b.jpg,"red', "a broken row (a quote is opened and not closed)"),
+    ("b.jpg,café", "the caption of b.jpg has bytes that are no UTF-8 text"),
+    ("b.jpg,a\0b", "the caption of b.jpg has bytes"),
+    ("b.jpg," + "word " * 2000, "the caption of b.jpg is too long (10,000 characters)"),
+    ('b.jpg,"' + "word " * 99999 + '"', "a broken row (field larger than field limit (131072))")])
+def test_bad_rows(tmp_path, row, reason):
+    """A bad row is named by its line and left out; the rows around it stay."""
+    path = write_csv(tmp_path, f"image,caption\na.png,one\n{row}\na.png,three\n", "latin-1")
+    pairs = open_dataset(path)
+    assert pairs.captions == [["one", "three"]]
+    assert [bad.where for bad in pairs.bad] == [f"{path} line 3"]
+    assert pairs.bad[0].reason.startswith(reason) and str(pairs.bad[0]).startswith(f"{path} line 3")
 
 
 def test_bad_files(tmp_path, monkeypatch):
-    pairs = Pairs(write_csv(tmp_path))
+    pairs = open_dataset(write_csv(tmp_path))
     half = (tmp_path / "b.jpg").read_bytes()[:2000]
     for content, why in ((half, "truncated"), (b"just some text", "identify"), (b"", "identify")):
         (tmp_path / "b.jpg").write_bytes(content)
         refuse(["d.csv line 3", "b.jpg", why], pairs.pair, 1)
     for limit in (2000, 1000):  # of 2,400: Pillow warns, and raises beyond twice the limit
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        refuse(["d.csv line 2", "a.png", f"{limit:,} pixels"], pairs.pair, 0)
-    for path in (tmp_path, tmp_path / "b.jpg", tmp_path / "none.csv"):
-        refuse([str(path), "image,caption"], open_dataset, str(path))
+        refuse(["d.csv line 2", "a.png", f"more than {limit:,}"], pairs.pair, 0)
+    refuse(["b.jpg", "no column of the picture"], open_dataset, str(tmp_path / "b.jpg"))
+    refuse(["none.csv", "no such file", "image,caption"], open_dataset, str(tmp_path / "none.csv"))
 
 
 # ------------------------------------------------------------------------------ PyramidCLIP's views
@@ -532,17 +542,17 @@ def test_local_captions_are_the_captions_of_their_batch():
     ("Dog", "Dog"),
     ("a red car near a tree", "a red car")])
 def test_rule_for_a_summary(tmp_path, caption, summary):
-    pairs = Pairs(write_csv(tmp_path, f'image,caption\na.png,"{caption}"\n'))
+    pairs = open_dataset(write_csv(tmp_path, f'image,caption\na.png,"{caption}"\n'))
     assert pairs.views(0, *pairs.pair(0)) == {"summary": summary}
 
 
 def test_the_summary_is_of_the_drawn_caption(tmp_path):
     rows = "a.png,one,first\na.png,two black dogs and a cat,\na.png,three,third\n"
-    pairs = Pairs(write_csv(tmp_path, "image,caption,summary\n" + rows))
+    pairs = open_dataset(write_csv(tmp_path, "image,caption,summary\n" + rows))
     summary = {c: pairs.views(0, None, c)["summary"] for c in pairs.captions[0]}
     clause = {"two black dogs and a cat": "two black dogs"}  # no summary in this row
     assert summary == {"one": "first", **clause, "three": "third"}
-    pairs = Pairs(write_csv(tmp_path))
+    pairs = open_dataset(write_csv(tmp_path))
     assert [pairs.views(0, None, c)["summary"] for c in ("one", "three")] == ["one", "three"]
     batches = Batches(pairs, PLAIN, 2, 24, 77, min_area=0.9, views=True, local_area=0.5)
     drawn = [batches[k] for k in range(8)]
@@ -557,20 +567,20 @@ def test_views_of_a_csv(tmp_path):
     path, npz = write_csv(tmp_path, text), str(tmp_path / "r.npz")
     rois = {n: np.full((k, 2052), k, dtype=np.float16) for n, k in (("a.png", 2), ("b.jpg", 5))}
     np.savez(npz, **rois)
-    v = Pairs(path, npz).views(0, None, "one")
+    v = open_dataset(path, npz).views(0, None, "one")
     assert (v["summary"], v["objects"]) == ("short", "red car, tree")
     assert v["regions"].dtype == np.float32 and (v["regions"] == 2).all()
-    assert Pairs(path).views(1, None, "two").keys() == {"summary", "objects"}
+    assert open_dataset(path).views(1, None, "two").keys() == {"summary", "objects"}
     empty = write_csv(tmp_path, "image,caption,objects\na.png,one,\n")
-    refuse(["d.csv line 2", "objects of a.png is empty"], Pairs, empty)
+    refuse(["d.csv line 2", "objects of a.png is empty"], open_dataset, empty)  # the only row
     write_csv(tmp_path, text)
     np.savez(npz, **{"a.png": rois["a.png"]})
-    refuse(["r.npz has no regions of b.jpg", "1 of 2 pictures"], Pairs, path, npz)
+    refuse(["r.npz has no regions of b.jpg", "1 of 2 pictures"], open_dataset, path, npz)
     np.savez(npz, **rois | {"a.png": rois["a.png"][:, :2048]})
-    refuse(["r.npz", "a.png", "(2, 2048)", "(M, 2052)"], Pairs, path, npz)
+    refuse(["r.npz", "a.png", "(2, 2048)", "(M, 2052)"], open_dataset, path, npz)
     for content in (b"no archive", b""):
         (tmp_path / "r.npz").write_bytes(content)
-        refuse(["r.npz", ".npz file of regions"], Pairs, path, npz)
+        refuse(["r.npz", ".npz file of regions"], open_dataset, path, npz)
 
 
 # ------------------------------------------------------------------------------- crops and batches
@@ -590,8 +600,19 @@ def test_batches_depend_on_seed_and_step_alone():
     assert first[0]["images"].shape == (6, 3, 14, 14)
     assert first[0]["mask"].shape[1] == first[0]["mask"].sum(1).max()
     epochs = [[x.numpy().tobytes() for b in first[k:k + 3] for x in b["images"]] for k in (0, 3)]
-    assert len(set(epochs[0])) == len(set(epochs[1])) == 18  # 23 = 3 * 6 + 5: five are left out
-    assert epochs[0] != epochs[1]
+    assert len(set(epochs[0])) == 18 and epochs[0] != epochs[1]
+
+
+def test_an_epoch_loses_nothing():
+    """Each epoch has all 23 samples: a batch of 6 may go on in the next one."""
+    one = batches(seed=3)
+    numbers = [one.number(n) for n in range(69)]
+    assert [epoch for epoch, _ in numbers] == [n // 23 for n in range(69)]
+    for epoch in range(3):
+        assert sorted(i for e, i in numbers if e == epoch) == list(range(23))
+    rows = [x for k in range(12) for x in one[k]["images"]]
+    alone = [batches(1, seed=3)[n]["images"][0] for n in range(69)]
+    assert all(a.equal(b) for a, b in zip(rows, alone))
 
 
 def test_the_shares_of_the_ranks_make_up_the_global_batch():
@@ -606,10 +627,24 @@ def test_the_shares_of_the_ranks_make_up_the_global_batch():
 def test_batches_that_cannot_be(tmp_path):
     refuse(["24 is larger than the data (23 pictures)", "lower it"], batches, size=24)
     refuse(["6 can't be shared out evenly among 4 processes", "try 4"], batches, world=4)
-    b = Batches(Pairs(write_csv(tmp_path)), PLAIN, 2, 24, 77, min_area=0.5)
+    b = Batches(open_dataset(write_csv(tmp_path)), PLAIN, 2, 24, 77, min_area=0.5)
     assert b[0]["images"].shape == (2, 3, 24, 24) and not b[0]["images"].equal(b[1]["images"])
-    (tmp_path / "b.jpg").write_text("broken")  # a sentence comes back: workers can't raise cleanly
-    assert list(b[2]) == ["error"] and "d.csv line 3" in b[2]["error"]
+
+
+def test_bad_samples_are_replaced(tmp_path):
+    """Another sample, drawn from (seed, epoch, number) alone, and the bad one is told."""
+    pairs = open_dataset(write_csv(tmp_path))
+    (tmp_path / "b.jpg").write_text("broken")
+    whole = Batches(pairs, PLAIN, 2, 24, 77, min_area=0.5)
+    halves = [Batches(pairs, PLAIN, 2, 24, 77, min_area=0.5, rank=r, world=2) for r in (0, 1)]
+    for step in (2, 0, 1):
+        batch, shares = whole[step], [b[step] for b in halves]
+        assert batch["images"].equal(torch.cat([s["images"] for s in shares]))
+        where, what, reason = batch["bad"][0]
+        assert where.endswith("d.csv line 3") and what == "b.jpg" and "identify" in reason
+        assert {PLAIN.decode(x) for x in batch["ids"]} <= {"one", "three"}
+    (tmp_path / "a.png").write_text("broken")  # a sentence comes back: workers can't raise cleanly
+    assert list(whole[3]) == ["error"] and "no picture of a hundred" in whole[3]["error"]
 
 
 def test_crops_and_normalisation():

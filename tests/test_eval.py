@@ -97,6 +97,30 @@ def test_retrieval_by_hand():
     assert two["t2i_r1"] == pytest.approx(200 / 3, abs=0.06)
 
 
+def test_equal_texts_are_no_strangers():
+    """100 pictures with 10 captions and a model that knows the classes: 0 without the numbers of
+    the texts, 100 with them. With a model that knows nothing, the ten tie."""
+    kind = torch.arange(100) % 10
+    s = torch.eye(10)[kind][:, kind]
+    owner = torch.arange(100)
+    blind = evaluation.retrieval(s, s, owner)
+    assert blind["i2t_r1"] == blind["i2t_r5"] == blind["t2i_r5"] == 0
+    assert set(evaluation.retrieval(s, s, owner, kind).values()) == {100}
+    ties = evaluation.retrieval(s * 0, s * 0, owner, kind)
+    assert [ties[f"i2t_r{k}"] for k in (1, 5, 10)] == [0, 0, 100] and ties["t2i_r10"] == 0
+    assert evaluation.retrieval(s, s, owner, owner) == blind
+    wrong = torch.eye(10).roll(1, 1)[kind][:, kind]  # each picture prefers the next class
+    assert evaluation.retrieval(wrong + s / 2, s, owner, kind)["i2t_r5"] == 100
+    assert evaluation.retrieval(wrong + s / 2, s, owner, kind)["i2t_r1"] == 0
+
+
+def test_equal_texts_by_hand():
+    """Texts 0 and 2 are equal: text 0 may find picture 1, and picture 1 text 0."""
+    s = torch.tensor([[1., 5, 1], [3, 2, 3], [0, 0, 0]])
+    r = evaluation.retrieval(s, s, torch.tensor([0, 2, 1]), torch.tensor([0, 1, 0]))
+    assert r["i2t_r1"] == pytest.approx(100 / 3) and r["t2i_r1"] == pytest.approx(200 / 3)
+
+
 def test_filip_similarities_by_blocks():
     g = torch.Generator().manual_seed(0)
     V, T = torch.randn(7, 5, 8, generator=g), torch.randn(9, 6, 8, generator=g)
@@ -371,11 +395,42 @@ def test_five_captions_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "retrieval", spy)
     folder = make_run(tmp_path / "run", loss="filip", data="t.csv", val=str(tmp_path / "five.csv"))
     m = evaluation.evaluate(folder, progress=False)
-    (s_i2t, s_t2i, owner), = seen
+    (s_i2t, s_t2i, owner, number), = seen
     assert s_i2t.shape == s_t2i.shape == (3, 15) and not s_i2t.equal(s_t2i)
-    assert owner.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert owner.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and number.tolist() == list(range(15))
     assert set(m) == {"retrieval", "cost", "about"} and m["retrieval"]["t2i_r5"] == 100
     assert m["about"]["data"].endswith("five.csv")
+
+
+def test_what_is_left_out_and_what_repeats(tmp_path, capsys):
+    """A picture that can't be read leaves with its captions; equal texts are counted."""
+    for k in range(3):
+        Image.new("RGB", (70, 50), (80 * k, 90, 120)).save(tmp_path / f"{k}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    rows = ["0.png,a dog", "1.png,a dog", "2.png,A  dog", "2.png,a cat", "3.png,a hole", "0.png,"]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]))
+    folder = make_run(tmp_path / "run", data="x.csv")
+    m = evaluation.evaluate(folder, str(tmp_path / "t.csv"), progress=False)
+    about = {"pictures": 2, "texts": 3, "texts_that_repeat": 2, "rows_left_out": 3}
+    assert about.items() <= m["about"].items()
+    said = capsys.readouterr().out
+    assert "2 of 3 texts repeat" in said and "3 rows are left out; the first: " in said
+    (tmp_path / "t.csv").write_text("image,caption\n1.png,a dog\n")
+    with pytest.raises(UserError, match="no picture can be read.*1.png"):
+        evaluation.evaluate(folder, str(tmp_path / "t.csv"), progress=False)
+
+
+def test_class_folders_are_classified(tmp_path):
+    """By the captions of the classes, with an untrained model."""
+    for k, name in enumerate(("ice_cream", "dog", "cat")):
+        one = tmp_path / "d" / name
+        one.mkdir(parents=True)
+        for n in range(2):
+            Image.new("RGB", (70, 50), (80 * k, 90 * n, 120)).save(one / f"{n}.png")
+    folder = make_run(tmp_path / "run", data="x.csv")
+    m = evaluation.evaluate(folder, str(tmp_path / "d"), progress=False)
+    assert m["classification"]["class"] in [100 * k / 6 for k in range(7)]
+    assert m["about"]["texts_that_repeat"] == 6 and m["retrieval"]["i2t_r5"] == 100
 
 
 def test_table():

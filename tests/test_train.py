@@ -131,11 +131,7 @@ def test_bad_options_are_one_sentence(go, words, sentence, tmp_path):
 
 
 @pytest.mark.parametrize("rows, header, sentence", [
-    (GOOD, "picture,text", "no column image and no column caption"),
-    (GOOD[:2] + ["9.png,a picture that is not there"], "image,caption",
-     r"t.csv line 4: there is no .*9.png"),
-    (GOOD[:2] + ["2.png,  "], "image,caption", "line 4: the caption of 2.png is empty"),
-    (GOOD[:2] + ["2.png,a cat, on a mat"], "image,caption", "line 4 has .* cells"),
+    (GOOD, "photo,text", "line 1 .*no column of the picture .*found: photo, text"),
     (GOOD, "image,caption", r"--batch-size 8 is larger than the data \(4 pictures\)"),
 ])
 def test_bad_csv_names_file_and_line(go, tmp_path, rows, header, sentence):
@@ -143,12 +139,161 @@ def test_bad_csv_names_file_and_line(go, tmp_path, rows, header, sentence):
         go("--data", photos(tmp_path, rows, header))
 
 
-def test_a_damaged_picture_stops_the_run_with_its_name(go, tmp_path):
-    path = photos(tmp_path, GOOD)
+BAD_ROWS = ["9.png,a picture that is not there", "2.png,  "]
+FILES = ("--loss", "clip", "--batch-size", 4, "--image-size", 32, "--vocab", "learn:600")
+
+
+def listed(run):
+    with open(run / "bad_rows.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_bad_rows_do_not_end_a_run(go, tmp_path, capsys):
+    """Each is listed once with its line, and a run in two parts is the run in one."""
+    path = photos(tmp_path, GOOD + BAD_ROWS)
     damaged = tmp_path / "2.png"
     damaged.write_bytes(damaged.read_bytes()[:50])
-    with pytest.raises(UserError, match=r"t.csv line 4: can't read .*2.png as a picture"):
-        go("--data", path, "--batch-size", 4)
+    more = [*FILES, "--data", path]
+    assert go(*more, "--out", tmp_path / "whole")
+    rows = listed(tmp_path / "whole")
+    assert [row["where"].split("t.csv ")[1] for row in rows] == ["line 6", "line 7", "line 4"]
+    assert [row["what"] for row in rows] == ["9.png", "2.png", "2.png"]
+    assert all(row["reason"] for row in rows) and "bad=3" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        before_clamp(patch, 4, interrupt)
+        go(*more)
+    assert go(*more, "--resume")
+    assert listed(tmp_path / "run") == rows
+    assert read_rows(tmp_path / "run") == read_rows(tmp_path / "whole")
+    assert go(*FILES, "--data", photos(tmp_path, GOOD), "--overwrite")
+    assert listed(tmp_path / "run") == []                    # nothing stays of the run before
+
+
+def test_too_many_bad_rows_stop_the_run_with_a_summary(go, tmp_path):
+    """What was trained is saved, and --max-bad lets it go on."""
+    for k in range(20):
+        (tmp_path / f"bad{k}.png").write_bytes(b"no picture")
+    rows = GOOD + [f"bad{k}.png,thing {k}" for k in range(20)]
+    more = [*FILES, "--data", photos(tmp_path, rows), "--steps", 12]
+    with pytest.raises(UserError, match="1. of .. samples can't be.*--max-bad 0.01") as e:
+        go(*more)
+    assert "\n" not in str(e.value) and "python data.py check" in str(e.value)
+    assert " x can't read a picture as a picture)" in str(e.value)
+    done = read_checkpoint(tmp_path / "run")["step"]
+    assert 0 < done < 12 and 11 <= len(listed(tmp_path / "run")) < 20
+    with pytest.raises(UserError, match="--max-bad 0.01"):
+        go(*more, "--resume")
+    assert go(*more, "--resume", "--max-bad", 1)
+    assert len(listed(tmp_path / "run")) == 20
+
+
+def test_bad_rows_of_a_table_are_weighed_when_it_is_opened(go, tmp_path):
+    rows = GOOD + ["1.png,"] * 11
+    with pytest.raises(UserError, match="11 of 15 samples can't be used .11 x the caption of a"):
+        go(*FILES, "--data", photos(tmp_path, rows))
+    assert len(listed(tmp_path / "run")) == 11 and not (tmp_path / "run" / "last.pt").exists()
+    with pytest.raises(UserError, match="1 of 5 samples.*--max-bad 0.0"):
+        go(*FILES, "--data", photos(tmp_path, GOOD + ["1.png,"]), "--max-bad", 0)
+    with pytest.raises(UserError, match="--max-bad is a share"):
+        go(*FILES, "--data", photos(tmp_path, GOOD), "--max-bad", 5)
+
+
+def test_resuming_compares_the_data_and_not_its_path(go, tmp_path):
+    path = photos(tmp_path, GOOD)
+    more = [*FILES, "--steps", 2]
+    assert go(*more, "--data", path)
+    (tmp_path / "val.csv").write_text((tmp_path / "t.csv").read_text())
+    other = str(tmp_path / "x" / ".." / "t.csv")
+    (tmp_path / "x").mkdir()
+    assert go(*more, "--data", other, "--resume")
+    for rows in (GOOD[::-1], [row + "s" for row in GOOD]):
+        photos(tmp_path, rows)
+        with pytest.raises(UserError, match="has other pictures or captions"):
+            go(*more, "--data", path, "--resume")
+    with pytest.raises(UserError, match="now scenes"):
+        go(*more, "--resume")
+
+
+def test_captions_that_repeat_are_told_and_are_no_strangers(go, tmp_path, capsys):
+    """With one caption for all pictures every picture finds its text."""
+    path = photos(tmp_path, [f"{k}.png,a photo of a dog" for k in range(4)])
+    assert go(*FILES, "--data", path)
+    assert "75.0% of the captions repeat others" in capsys.readouterr().out
+    assert {row["accuracy"] for row in read_rows(tmp_path / "run")} == {"100"}
+
+
+def test_equal_texts_are_no_negatives():
+    """Against a loop; without equal texts it is the plain loss. A target that equal texts share is
+    no option: if their logits are equal, as they are, it is the plain loss too."""
+    ids = torch.tensor([[5, 6, 9], [5, 7, 9], [5, 6, 9], [5, 9, 0]])
+    t = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))[[0, 1, 0, 3]]
+    s = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)) @ t.T
+    want = shared = 0
+    for logits in (s, s.T):
+        p = logits.log_softmax(1)
+        for i, partners in enumerate(([0, 2], [1], [0, 2], [3])):
+            rest = [j for j in range(4) if j == i or j not in partners]
+            want -= logits[i, rest].log_softmax(0)[rest.index(i)] / 8
+            shared -= sum(p[i, j] for j in partners) / len(partners) / 8
+    got, plain = train.masked_info_nce(ids, ids > 0)(s, s.T), train.objectives.info_nce(s, s.T)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    assert plain.item() == pytest.approx(shared.item(), rel=1e-5) and plain > got + 0.01
+    ids = ids[[0, 1, 3]]
+    some = s[:3, :3], s.T[:3, :3]
+    assert train.masked_info_nce(ids, ids > 0)(*some).equal(train.objectives.info_nce(*some))
+
+
+@pytest.mark.parametrize("loss", [name for name in train.OBJECTIVES if name != "pyramid"])
+def test_every_loss_but_pyramids_masks_equal_texts(go, tmp_path, loss):
+    """It lowers the loss of a batch with equal texts, and plain info_nce is put back afterwards."""
+    path = photos(tmp_path, GOOD[:2] + ["2.png,a dog", "3.png,a dog"])
+    more = ["--data", path, *FILES[2:], "--steps", 1, "--loss", loss, "--overwrite"]
+    losses = []
+    for words in ([], ["--mask-equal-texts"]):
+        assert go(*more, *words)
+        losses.append(float(read_rows(tmp_path / "run")[0]["loss"]))
+    assert losses[1] < losses[0] - 0.02
+    assert train.objectives.info_nce.__qualname__ == "info_nce"
+    with pytest.raises(UserError, match="--mask-equal-texts means nothing to --loss pyramid"):
+        go("--loss", "pyramid", "--mask-equal-texts")
+
+
+@pytest.mark.parametrize("loss", ["sparc", "mgca", "pyramid"])
+def test_validation_goes_to_the_log_and_leaves_the_run_alone(go, tmp_path, loss):
+    more = ["--loss", loss, "--out"]
+    assert go(*more, tmp_path / "run") and go(*more, tmp_path / "seen", "--eval-every", 2)
+    plain, rows = read_rows(tmp_path / "run"), read_rows(tmp_path / "seen")
+    for one, other in zip(plain, rows):
+        validated = int(one["step"]) % 2 == 0
+        for name in train.VALIDATION:
+            assert one.pop(name) == "" and bool(other.pop(name)) == validated
+    assert plain == rows
+    assert same_weights(*(read_checkpoint(tmp_path / run) for run in ("run", "seen")))
+
+
+def test_an_older_log_gets_the_columns_of_validation(go, tmp_path):
+    """A run from before they were there goes on, with empty cells for its steps."""
+    log = tmp_path / "run" / "log.csv"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        before_clamp(patch, 4, interrupt)
+        go("--loss", "clip")
+    n = len(train.VALIDATION)
+    old = [",".join(line.split(",")[:-n]) for line in log.read_text().splitlines()]
+    log.write_text("\n".join(old) + "\n")
+    assert go("--loss", "clip", "--resume", "--eval-every", 3)
+    rows = read_rows(tmp_path / "run")
+    assert [bool(row["val_loss"]) for row in rows] == [False, False, True, False, False, True]
+    assert all(None not in row and None not in row.values() for row in rows)
+
+
+def test_validation_pictures_are_cropped_when_read(parse, tmp_path):
+    """One batch of small squares, without those that can't be read."""
+    Image.new("RGB", (900, 600)).save(tmp_path / "large.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "v.csv").write_text("image,caption\nlarge.png,a wall\nbad.png,a hole\n")
+    args = parse(*FILES, "--data", photos(tmp_path, GOOD), "--val", tmp_path / "v.csv")
+    batch = train.make_validation(args, Tokenizer([]), 32, 16)
+    assert batch["images"].shape == (1, 3, 32, 32)
 
 
 def test_pyramid_says_what_the_data_cannot_feed(go, tmp_path, capsys):
@@ -282,8 +427,10 @@ def test_a_run_is_not_overwritten_nor_mixed_with_another(go, tmp_path):
 def age(checkpoint, **options):
     """Make a checkpoint look older: without the newer options, with those of its time."""
     ckpt = torch.load(checkpoint, weights_only=True)
-    for name in ("per_text", "one_sided", "no_leff"):
+    for name in ("per_text", "one_sided", "no_leff", "images", "max_bad", "mask_equal_texts"):
         ckpt["args"].pop(name, None)
+    for name in ("content", "bad"):
+        ckpt.pop(name, None)
     ckpt["args"] |= {"compile": False, "drop_special": False, "gather_dtype": "fp32",
                      "leff": ckpt["args"]["loss"] == "pyramid"} | options
     torch.save(ckpt, checkpoint)
@@ -432,6 +579,27 @@ def test_two_processes_equal_one(go, tmp_path, words):
         assert (x - y).norm() <= 1e-4 * x.norm() + 1e-7
 
 
+def test_two_processes_list_what_either_finds(tmp_path):
+    """The bad rows, the loss and what the first process validates are those of one process, also
+    if equal texts lie in different processes."""
+    rows = GOOD[:2] + ["2.png,a dog", "3.png,a dog"] + [f"bad{k}.png,thing {k}" for k in range(4)]
+    for k in range(4):
+        (tmp_path / f"bad{k}.png").write_bytes(b"no picture")
+    more = [*map(str, FILES), "--data", photos(tmp_path, rows), "--val", str(tmp_path / "t.csv"),
+            "--eval-every", "3", "--mask-equal-texts", "--out"]
+    for python, out in (([sys.executable], "one"), (TWO_PROCESSES, "two")):
+        words = [*python, script(tmp_path), *SMALL, *more, str(tmp_path / out)]
+        subprocess.run(words, check=True, capture_output=True)
+    one, two = (listed(tmp_path / out) for out in ("one", "two"))
+    assert sorted(map(str, one)) == sorted(map(str, two)) and len(one) == 4
+    one, two = (read_rows(tmp_path / out) for out in ("one", "two"))
+    for x, y in zip(one, two):
+        assert float(x["loss"]) == pytest.approx(float(y["loss"]), abs=1e-3)
+        assert bool(x["val_loss"]) == (x["step"] in "36")
+        if x["val_loss"]:
+            assert float(x["val_loss"]) == pytest.approx(float(y["val_loss"]), abs=1e-3)
+
+
 def mean_loss(rows):
     return sum(float(row["loss"]) for row in rows) / len(rows)
 
@@ -444,7 +612,7 @@ def test_every_objective_trains_resumes_and_is_evaluated(go, tmp_path, loss):
     assert go(*more)
     rows, whole = read_rows(run), read_checkpoint(run)
     assert mean_loss(rows[-5:]) < mean_loss(rows[:5])
-    assert all(math.isfinite(float(x)) for row in rows for x in row.values())
+    assert all(math.isfinite(float(x)) for row in rows for x in row.values() if x)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
         before_clamp(patch, 20, interrupt)
         go(*more, "--overwrite")

@@ -123,6 +123,57 @@ def test_word_panel_frames_the_best_patch():
     assert np.isfinite(alike).all()
 
 
+def spy_on_panels(monkeypatch):
+    """-> a list that fills with the weights (P,) of each word's panel."""
+    shown, original = [], visualize.word_panel
+
+    def spy(picture, s, grid):
+        shown.append(s)
+        return original(picture, s, grid)
+    monkeypatch.setattr(visualize, "word_panel", spy)
+    return shown
+
+
+def test_a_word_of_several_tokens_shows_their_mean(run, monkeypatch):
+    shown, text = spy_on_panels(monkeypatch), "a giraffe and a red star"
+    model, tok, args = evaluation.load_run(run)
+    picture = Image.new("RGB", (56, 56), "teal")
+    words = visualize.find_words(TOK, text, ["giraffe"])
+    visualize.draw_row(model, tok, args, picture, text, words)
+    s = visualize.align(model, tok, args, picture, text)[0]
+    (_, at), = words
+    assert len(at) > 1 and torch.allclose(shown[0], sum(s[p] for p in at) / len(at))
+
+
+def test_every_word_has_a_panel_and_lost_ones_a_message(draw, monkeypatch, capsys):
+    """Ten words make two rows of panels; what the context of 32 tokens cuts off is named."""
+    words = "red star blue ring green moon pink heart cyan cross".split()
+    shown = spy_on_panels(monkeypatch)
+    picture = draw("--text", " ".join(words), "--words", *words)
+    assert len(shown) == 10 and picture.size == (ROW[0], ROW[1] + 302)
+    assert "tokens" not in capsys.readouterr().err
+    draw("--text", " ".join(words * 4), "--words", "cross", "star")
+    assert len(shown) == 10 + 3 + 3
+    assert "cut to 32 tokens, wholly or in part cut off: star, cross" in capsys.readouterr().err
+
+
+def test_wide_pictures_are_cut_or_padded(draw, monkeypatch, capsys):
+    """The panel's title and a message say so; --fit pad shows all of it, on white."""
+    titles, original = [], visualize.ImageDraw.ImageDraw.text
+
+    def spy(self, at, text, *more, **options):
+        titles.append(text)
+        return original(self, at, text, *more, **options)
+    monkeypatch.setattr(visualize.ImageDraw.ImageDraw, "text", spy)
+    cut = np.asarray(draw("--text", "a dog"))
+    assert "the middle 60% of the picture" in titles
+    assert "own.png is cut to a square: --fit pad shows all" in capsys.readouterr().err
+    titles.clear()
+    whole = np.asarray(draw("--text", "a dog", "--fit", "pad"))
+    assert not any("middle" in title for title in titles) and not capsys.readouterr().err
+    assert (whole[24:70, 10:290] == 255).all() and not (cut[24:70, 10:290] == 255).all()
+
+
 def test_scenes_and_csv(run, tmp_path):
     first = visualize.draw_run(run, n=2)
     assert first == [os.path.join(run, "align.png")]
@@ -134,6 +185,13 @@ def test_scenes_and_csv(run, tmp_path):
     target = str(tmp_path / "csv.png")
     path, = visualize.draw_run(run, str(tmp_path / "d.csv"), n=6, out=target)
     assert Image.open(path).size == ROW  # one picture, though six were asked for
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "d.csv").write_text("image,caption\nbad.png,a hole\na.png,a dog on the beach\n")
+    again, = visualize.draw_run(run, str(tmp_path / "d.csv"), n=1, out=str(tmp_path / "b.png"))
+    assert open(again, "rb").read() == open(path, "rb").read()
+    (tmp_path / "d.csv").write_text("image,caption\nbad.png,a hole\n")
+    with pytest.raises(UserError, match="no picture that can be read .*bad.png"):
+        visualize.draw_run(run, str(tmp_path / "d.csv"))
     with pytest.raises(UserError, match="photos/t.csv.*--data"):
         visualize.draw_run(make_run(tmp_path / "other", data="photos/t.csv"))
 
@@ -162,6 +220,25 @@ def test_words():
     (word, at), = visualize.find_words(TOK, "a giraffe")  # a word of several tokens
     assert word == "giraffe" and len(at) > 1
     assert TOK.decode(TOK("a giraffe")[0][0, at]) == "giraffe"
+
+
+@pytest.mark.parametrize("wanted, decoded", [
+    ("t-shirt", "t - shirt"), ("man's", "man 's"), ("Ice Cream", "ice cream"), ("10", "1 0"),
+    ("shirt", "shirt"), ("man", "man"), ("2100", "2 1 0 0"), ("ice  cream,", "ice cream ,")])
+def test_words_are_what_people_call_words(wanted, decoded):
+    """Hyphens, apostrophes, phrases and numbers, each as one."""
+    text = "10 dogs in a man’s T-shirt eat ice cream, 2100 m high"
+    (word, at), = visualize.find_words(TOK, text, [wanted])
+    assert word == " ".join(wanted.lower().split())
+    assert TOK.decode(TOK(text, 77)[0][0, at]) == decoded
+
+
+def test_words_that_are_not_there():
+    for wanted in ("21", "00", "hirt", "ream", "cream dogs", "", "cat"):
+        with pytest.raises(UserError, match="not in the text"):
+            visualize.find_words(TOK, "2100 ice cream on a shirt, dogs", [wanted])
+    found = visualize.find_words(TOK, "Two dogs, in a man's t-shirt (blue).")
+    assert [word for word, _ in found] == ["two", "dogs", "man's", "t-shirt", "blue"]
 
 
 @pytest.mark.parametrize("more, options, match", [
