@@ -1,228 +1,40 @@
-"""Data: CLIP's byte-level BPE tokeniser, the built-in scenes, files of pairs, crops and batches.
+"""Data: the built-in scenes, files of pictures with captions, crops and batches.
 
     python data.py                        # print five scenes and draw them into samples.png
     python data.py --data photos/train.csv --n 8
     python data.py check photos/train.csv # read everything once and list what can't be used
 
 Covers: FILIP 3.1.2 (prompts, eq. 6) and 3.2 (several texts a picture), PyramidCLIP 3.1 to 3.3
-(summary, global and local view, object phrases, regions), SPARC 4.1 and D.5 (prompts, eq. 9).
+(summary, global and local view, object phrases, regions), SPARC 4.1.
 
 Differs from the papers: they train on 15 million pairs (PyramidCLIP's ablations) to 6.1 billion
 (SPARC's three sets). `Scenes` draws its own pictures and knows all about them. Rules stand in for
 FILIP's translator and for PyramidCLIP's T5 and detector, whose features become a random projection;
-your own data may bring its own (see Pairs). FILIP's AutoAugment is left out. The tokeniser is
-byte-level BPE, SPARC's is sentencepiece. Files get a random crop by default, SPARC uses none.
+your own data may bring its own (see Pairs). FILIP's AutoAugment is left out. Files get a random
+crop by default, SPARC uses none.
 
-The way of the data: a function of readers.py gives the rows of a file, Pairs puts them in order.
-.pair(i, r) of Scenes or Pairs gives (picture, caption), .views and .local_view what PyramidCLIP
-sees beside it, and Batches puts all of it into the dict that model.py takes.
+The way of the data: a reader gives the rows of a file, Pairs puts them in order. .pair(i, r) of
+Scenes or Pairs gives (picture, caption), .views and .local_view what PyramidCLIP sees beside it.
 """
 import argparse
 import collections
+import contextlib
 import csv
 import functools
-import gzip
+import glob
 import hashlib
-import heapq
-import html
-import http.client
+import io
 import itertools
+import json
 import math
 import os
 import random
-import urllib.request
-import ftfy
+import tarfile
 import numpy as np
 import regex
 import torch
-from PIL import Image, ImageDraw, ImageOps
-from tqdm import tqdm
+from PIL import Image, ImageDraw, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from model import UserError
-from readers import BadRow, caption_fault, choose, open_image, start_image
-
-
-def write(path, save):
-    """Write a file as a whole or not at all: save(temporary path), then rename. Else UserError."""
-    temporary = path + ".tmp"
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise UserError(f"can't write {path} ({str(e).splitlines()[0]}): free some space or choose "
-                        "another place; what was there before is kept") from None
-
-
-# ---------------------------------------------------------------------------------- the tokeniser
-BOS, EOT = "<|startoftext|>", "<|endoftext|>"
-WORDS = regex.compile(  # the published pattern
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
-    regex.IGNORECASE)
-MARKED_WORDS = regex.compile(  # of learned vocabularies: vowel signs and the like belong to a word
-    WORDS.pattern.replace(r"\p{L}+", r"\p{L}[\p{L}\p{M}\u200c\u200d]*"), regex.IGNORECASE)
-MERGES = "bpe_simple_vocab_16e6.txt.gz"
-MERGES_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/" + MERGES
-MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-PRINTABLE = [b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)]
-OTHERS = [b for b in range(256) if b not in PRINTABLE]  # these 68 move to code points from 256 on
-BYTES = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(OTHERS)}
-
-
-def clean(text):
-    """CLIP's cleaning: repair unicode, undo HTML escapes twice, fold white space, lower case."""
-    if "&" in text or not (text.isascii() and text.isprintable()):  # ftfy is slow, so not for all
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
-
-
-def find_merges(weights=None):
-    """The path of CLIP's merges file: here, beside the weights, in ~/.cache/clip, or else loaded
-    from its published address into this folder, once. UserError if that fails."""
-    cache = os.path.join(os.path.expanduser("~"), ".cache", "clip")
-    for folder in (".", os.path.dirname(weights or ""), cache):
-        path = os.path.join(folder, MERGES)
-        if os.path.isfile(path):
-            return path
-    try:
-        with urllib.request.urlopen(MERGES_URL, timeout=30) as f:
-            content = f.read()
-        if hashlib.sha256(content).hexdigest() != MERGES_SHA256:
-            raise OSError("what came is another file")
-        os.makedirs(cache, exist_ok=True)
-        own = f"{path}.{os.getpid()}"  # other processes may be at it too
-        with open(own, "wb") as f:
-            f.write(content)
-        os.replace(own, path)
-    except (OSError, http.client.HTTPException) as e:
-        raise UserError(f"can't load CLIP's merges file from {MERGES_URL} ({e}): put it into "
-                        f"{cache} or beside the weights, or use --vocab learn:8000") from None
-    return path
-
-
-class Tokenizer:
-    """CLIP's byte-pair encoding, for any text. The vocabulary is 256 bytes, 256 bytes that end a
-    word, one symbol for each merge, BOS, and EOT, which is always the last id.
-    merges: list of "a b" strings, the most important first."""
-    def __init__(self, merges):
-        self.merges = list(merges)
-        self.words = WORDS if len(self.merges) == 48894 else MARKED_WORDS
-        pairs = [tuple(m.split()) for m in self.merges]
-        self.symbols = [*BYTES.values(), *(c + "</w>" for c in BYTES.values()),
-                        *("".join(pair) for pair in pairs), BOS, EOT]
-        self.vocab_size = len(self.symbols)
-        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
-        self.rank = {pair: i for i, pair in enumerate(pairs)}
-        self.bos, self.eot = self.vocab_size - 2, self.vocab_size - 1
-        self.cache = {BOS: [self.bos], EOT: [self.eot]}
-
-    @classmethod
-    def clip(cls, path=None, weights=None):
-        """The published vocabulary of 49,408 entries, from a file or from where find_merges finds
-        it. UserError if it is not in the file."""
-        if path in (None, "clip", MERGES):
-            path = find_merges(weights)
-        opener = gzip.open if str(path).endswith(".gz") else open
-        try:
-            with opener(path, "rt", encoding="utf-8") as f:
-                merges = f.read().split("\n")[1:1 + 48894]  # after a note; CLIP ignores the rest
-        except (OSError, EOFError, UnicodeDecodeError) as e:
-            raise UserError(
-                f"can't read CLIP's merges file {path} ({e}): take bpe_simple_vocab_16e6.txt.gz "
-                "from the repository openai/CLIP, or use --vocab learn:8000") from None
-        if len(merges) != 48894 or any(len(m.split()) != 2 for m in merges):
-            raise UserError(f"{path} is not CLIP's merges file of 48,894 pairs of symbols")
-        return cls(merges)
-
-    @classmethod
-    def train(cls, texts, vocab_size):
-        """Learn at most vocab_size entries from an iterable of texts. The most frequent pair is
-        merged first, of equal ones the first in the alphabet. UserError if there are too few."""
-        if vocab_size < 514:
-            raise UserError(f"a vocabulary has bytes and marks, at least 514, not {vocab_size}")
-        counts = collections.Counter(w for text in texts for w in MARKED_WORDS.findall(clean(text)))
-        words = [(cls.split(w), n) for w, n in sorted(counts.items()) if w not in (BOS, EOT)]
-        frequency = collections.Counter()  # of each pair of symbols
-        where = collections.defaultdict(set)  # pair -> numbers of the words that may have it
-
-        def count(k, symbols, n):
-            for pair in zip(symbols, symbols[1:]):
-                frequency[pair] += n
-                where[pair].add(k)
-        for k, (symbols, n) in enumerate(words):
-            count(k, symbols, n)
-        merges, heap = [], [(-n, pair) for pair, n in frequency.items()]
-        heapq.heapify(heap)
-        while len(merges) < vocab_size - 514 and heap:  # no heap: every word is one symbol
-            minus_n, best = heapq.heappop(heap)
-            if minus_n == 0 or -minus_n != frequency[best]:  # its count has changed since
-                continue
-            merges.append(" ".join(best))
-            changed = set()
-            for k in where.pop(best):
-                symbols, n = words[k]
-                merged = cls.merge(symbols, best)
-                words[k] = merged, n
-                count(k, symbols, -n)
-                count(k, merged, n)
-                changed.update(zip(symbols, symbols[1:]), zip(merged, merged[1:]))
-            for pair in changed:
-                heapq.heappush(heap, (-frequency[pair], pair))
-        return cls(merges)
-
-    @staticmethod
-    def split(word):
-        symbols = [BYTES[b] for b in word.encode("utf-8")]
-        return symbols[:-1] + [symbols[-1] + "</w>"]
-
-    @staticmethod
-    def merge(symbols, pair):
-        """The list with each occurrence of the pair made one symbol, from left to right."""
-        out = []
-        for symbol in symbols:
-            if out and (out[-1], symbol) == pair:
-                out[-1] += symbol
-            else:
-                out.append(symbol)
-        return out
-
-    def bpe(self, word):
-        """Ids of one word (a match of self.words)."""
-        if word not in self.cache:
-            symbols = self.split(word)
-            while len(symbols) > 1:
-                pair = min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, 1e9))
-                if pair not in self.rank:
-                    break
-                symbols = self.merge(symbols, pair)
-            self.cache[word] = [self.ids[s] for s in symbols]
-        return self.cache[word]
-
-    def encode(self, text):
-        """Ids of a text, without BOS and EOT."""
-        return [i for word in self.words.findall(clean(text)) for i in self.bpe(word)]
-
-    def __call__(self, texts, context_length=77):
-        """A string or a list -> ids (N, L) int64, padded with 0, and mask (N, L) bool, L =
-        context_length: of a longer text the first L - 1 ids remain, and EOT. The mask is True up to
-        the first EOT. It is made from lengths, because id 0 is also the token "!"."""
-        texts = [texts] if isinstance(texts, str) else texts
-        ids = np.zeros((len(texts), context_length), dtype=np.int64)
-        mask = np.zeros((len(texts), context_length), dtype=bool)
-        for n, text in enumerate(texts):
-            row = [self.bos, *self.encode(text)][:context_length - 1] + [self.eot]
-            ids[n, :len(row)] = row
-            mask[n, :row.index(self.eot) + 1] = True
-        return torch.from_numpy(ids), torch.from_numpy(mask)
-
-    def decode(self, ids):
-        """Ids -> text. BOS, EOT and what follows EOT are dropped."""
-        ids = [*map(int, ids), self.eot]
-        symbols = [self.symbols[i] for i in ids[:ids.index(self.eot)] if i != self.bos]
-        text = "".join(symbols).replace("</w>", " ")
-        byte = {character: b for b, character in BYTES.items()} | {" ": ord(" ")}
-        return bytes(byte[c] for c in text).decode("utf-8", errors="replace").strip()
-
 
 # -------------------------------------------------------------------------------------- the scenes
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
@@ -309,13 +121,6 @@ def share_inside(box, window):
 
 def join(words):
     return " ".join(w.text for w in words)
-
-
-def word_tokens(tok, words):
-    """For each Word the positions of its tokens in the sequence (BOS is position 0)."""
-    lengths = [len(tok.encode(w.text)) for w in words]
-    starts = itertools.accumulate(lengths, initial=1)
-    return [list(range(start, start + n)) for start, n in zip(starts, lengths)]
 
 
 class Scenes:
@@ -553,17 +358,227 @@ def filip_prompts(label, prefixes, descriptions=("",), suffixes=("",)):
     return [t.replace(", .", ".").removesuffix(" .").strip() for t in texts]  # no empty parts
 
 
-def sparc_prompts(label, prefixes, suffixes=("",)):
-    """Every combination, such as "a photo of a pug, I like it", or "a photo of a pug"."""
-    texts = [f"{prefix} {label}, {suffix}"  # SPARC eq. 9
-             for prefix in prefixes for suffix in suffixes]
-    return [t.removesuffix(", ").strip() for t in texts]
-
-
 # ---------------------------------------------------------------------------------- real pictures
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+COLUMNS = (("image", "filepath", "file_name", "image_path", "path"), ("caption", "title", "text"))
+BROKEN = regex.compile(r"[\0\ud800-\udfff]")  # half surrogates stand for bytes that aren't UTF-8
+DAMAGE = (AttributeError, KeyError, RecursionError, TypeError, ValueError)  # of JSON's contents
 CLAUSE = regex.compile(
     r"(?:\S+\s+){0,2}\S*?(?:(?!\s*[,.;:]|\s+(?:and|with|while|who|which|that|as|near|next)\b).)*",
     regex.IGNORECASE | regex.DOTALL)
+# what a reader gives; place: (path, offset, size) of a picture in a tar file; label: its class
+Row = collections.namedtuple("Row", "where image captions id summary objects place label",
+                             defaults=(None,) * 5)
+
+
+def shown(text):
+    """A text as it can be printed in one line, whatever it holds."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:300])
+
+
+class BadRow(UserError):
+    """A sample that can't be used: .where ("photos.csv line 4"), .what (its picture), .reason."""
+    def __init__(self, *parts):
+        super().__init__(*map(shown, parts))
+        self.where, self.what, self.reason = self.args
+
+    def __str__(self):
+        return f"{self.where}: {self.reason}"
+
+
+def caption_fault(caption):
+    """What is wrong with a caption, or None."""
+    if not isinstance(caption, str) or not caption.strip():
+        return "is empty or no text"
+    if len(caption) > 5000:  # a mistake in the file
+        return f"is too long ({len(caption):,} characters)"
+    if BROKEN.search(caption):
+        return "has bytes that are no UTF-8 text, or NULs (save the file as UTF-8)"
+
+
+def as_row(where, cells):
+    """The Row of a dict of cells, whichever of COLUMNS' names it uses."""
+    image, captions = (next((cells[c] for c in names if c in cells), None) for names in COLUMNS)
+    return Row(where, image, captions, cells.get("image_id"), cells.get("summary"),
+               cells.get("objects"))
+
+
+def read_cells(lines, n, delimiter):
+    """(cells, number of lines) of the row that begins at lines[n]. Raises csv.Error. A quote that
+    is not closed spoils this line alone: a row has 20 lines at most, and one picture's name."""
+    if '"' not in lines[n]:
+        return lines[n].rstrip("\r\n").split(delimiter), 1
+    for end in range(n + 1, n + 21):
+        try:
+            return next(csv.reader(lines[n:end], delimiter=delimiter, strict=True)), end - n
+        except csv.Error as e:
+            if "end of data" not in str(e):
+                raise
+        if end >= len(lines) or any(kind in lines[end].lower() for kind in PICTURES):
+            break
+    raise csv.Error("a quote is opened and not closed")
+
+
+def read_table(path):
+    """Rows of a text file whose first line names the columns, between commas, semicolons or tabs"""
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
+        lines = f.readlines() or [""]
+    delimiter, n = max(",;\t", key=lines[0].count), 1
+    names = [name.strip(' "\r\n').lower() for name in lines[0].split(delimiter)]
+    lacks = [f"no column of the {kind} ({', '.join(taken)})"
+             for kind, taken in zip(("picture", "caption"), COLUMNS) if not set(taken) & set(names)]
+    if lacks:
+        raise UserError(f"{path} line 1 has {' and '.join(lacks)}, or is not in UTF-8; found: "
+                        f"{shown(', '.join(names))}")
+    while n < len(lines):
+        where, size = f"{path} line {n + 1}", 1
+        try:
+            cells, size = read_cells(lines, n, delimiter)
+            if any(map(str.strip, cells[len(names):])):
+                raise csv.Error(f"{len(cells)} cells in {len(names)} columns: put quotes around a "
+                                "caption that has commas")
+            if lines[n].strip():
+                yield as_row(where, dict(zip(names, cells)))
+        except csv.Error as e:
+            yield BadRow(where, lines[n][:80].strip(), f"a broken row ({e})")
+        n += size
+
+
+def read_records(where, records, make):
+    """Rows of JSON records by make(where, record) -> Row or, for nothing, None."""
+    for n, record in enumerate(records, 1):
+        try:
+            row = make(f"{where} {n}", record)
+        except DAMAGE as e:
+            row = BadRow(f"{where} {n}", "", f"no JSON object of a pair ({e})")
+        if row:
+            yield row
+
+
+def read_jsonl(path):
+    """Rows of a text file with a JSON object in each line; "caption" may be a list."""
+    def make(where, line):
+        if line.strip():
+            return as_row(where, json.loads(line))
+    with open(path, "rb") as f:
+        yield from read_records(f"{path} line", f, make)
+
+
+def load_json(path, *names):
+    """The lists of these names in a JSON file. UserError if they are not there."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:
+            whole = json.load(f)
+        return [list(whole[name]) for name in names]
+    except DAMAGE as e:
+        raise UserError(f"{path} is neither COCO's captions nor Karpathy's JSON with a split, as "
+                        f"in flickr8k.json:train ({type(e).__name__}: {shown(e)})") from None
+
+
+def read_coco(path):
+    """Rows of COCO's captions, such as captions_val2017.json."""
+    captions = collections.defaultdict(list)
+
+    def note(where, annotation):
+        captions[str(annotation["image_id"])].append(annotation["caption"])
+
+    def make(where, image):
+        return Row(where, image["file_name"], captions.pop(str(image["id"]), []))
+    images, annotations = load_json(path, "images", "annotations")
+    yield from read_records(f"{path} annotation", annotations, note)
+    yield from read_records(f"{path} image", images, make)
+    for key in captions:
+        yield BadRow(path, key, f"captions of an image_id that no image has ({key})")
+
+
+def read_karpathy(path, split):
+    """Rows of one split of Karpathy's JSON."""
+    def make(where, image):
+        if image["split"] == split:
+            name = os.path.join(image.get("filepath", ""), image["filename"])
+            return Row(where, name, [sentence["raw"] for sentence in image["sentences"]])
+    [images] = load_json(path, "images")
+    yield from read_records(f"{path} image", images, make)
+
+
+def read_bytes(path, offset=0, size=-1):
+    if not os.path.isfile(path):  # a pipe would wait for ever
+        raise FileNotFoundError("there is no such file")
+    with open(path, "rb") as f:
+        f.seek(offset)
+        return f.read(size)
+
+
+def split_lines(content):
+    """The captions of a .txt, bytes: one in each line."""
+    text = content.decode("utf-8-sig", "surrogateescape")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def read_folder(folder):
+    """Rows of a folder of tar files, of pictures with a .txt each, or of class folders: FILIP's
+    prompts of their names are the captions."""
+    files = sorted(glob.glob("**", root_dir=folder, recursive=True))
+    pictures = [f for f in files if f.lower().endswith(PICTURES)]
+    if not pictures:
+        yield from read_shards([os.path.join(folder, f) for f in files if f.endswith(".tar")])
+    texts = {p: os.path.splitext(p)[0] + ".txt" for p in pictures}
+    beside = not set(files).isdisjoint(texts.values())
+    for p in pictures:
+        row, text = Row(os.path.join(folder, p), p, []), os.path.join(folder, texts[p])
+        label = os.path.dirname(p).split(os.sep)[0].replace("_", " ")
+        if beside and os.path.isfile(text):
+            row = row._replace(captions=split_lines(read_bytes(text)))
+        elif label and not beside:
+            row = row._replace(captions=filip_prompts(label, ["a photo of a"]), label=label)
+        yield row
+
+
+def expand(pattern):
+    """Paths of a pattern with brace ranges ("{000..012}.tar") and globs, in order."""
+    braces = regex.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not braces:
+        return sorted(glob.glob(pattern)) or [pattern]
+    before, after, (first, last) = pattern[:braces.start()], pattern[braces.end():], braces.groups()
+    names = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    return [path for name in names for path in expand(before + name + after)]
+
+
+def index_shard(path):
+    """-> {stem: {extension: (path, offset, size)}} of a tar file, and what is wrong with it."""
+    samples, fault = {}, "its end is missing or damaged"
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                stem, extension = os.path.splitext(member.name)
+                if member.isfile() and member.offset_data + member.size <= os.path.getsize(path):
+                    place = path, member.offset_data, member.size
+                    samples.setdefault(stem, {})[extension.lower()] = place
+                tar.members = []  # it keeps them all otherwise
+            if read_bytes(path, tar.offset, 512) == bytes(512):
+                fault = ""
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as e:
+        fault = str(e)
+    return samples, fault
+
+
+def read_shards(paths):
+    """Rows of tar files as webdataset and img2dataset write them: .jpg, .png ... with a .txt, or a
+    .json that has a caption. They are indexed here and read at random, in the order of any other
+    data, so they have to be files on a disk, not packed, and no pipes."""
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths] or ["."])
+    for path in paths:
+        (samples, fault), shard = index_shard(path), os.path.relpath(path, top)
+        if fault:
+            yield BadRow(path, shard, f"a tar file that is cut off, damaged or packed ({fault})")
+        for stem, files in samples.items():
+            extension, captions = next((e for e in PICTURES if e in files), ""), []
+            if ".txt" in files:
+                captions = split_lines(read_bytes(*files[".txt"]))
+            elif ".json" in files:
+                with contextlib.suppress(*DAMAGE):
+                    captions = as_row(path, json.loads(read_bytes(*files[".json"]))).captions
+            yield Row(path, f"{shard}/{stem}{extension}", captions, place=files.get(extension))
 
 
 class Pairs:
@@ -575,18 +590,27 @@ class Pairs:
     its box x1, y1, x2, y2 in 0..1, the surest first.
     bad: [BadRow], what had to be left out. classes: names of class folders, or None.
     """
-    def __init__(self, path, rows, folder, regions=None, classes=None):
-        self.path, self.regions, self.archives, self.bad = path, regions, {}, []
+    def __init__(self, path, rows, folder, regions=None):
+        self.regions, self.archives, self.bad, self.labels = regions, {}, [], []
         self.folder = os.path.join(os.path.abspath(folder), "")  # with a stroke at its end
         self.images, self.wheres, self.captions, self.objects = [], [], [], []  # one a picture
         self.places, self.summaries = [], {}  # (number of the picture, caption) -> summary
-        self.read(rows)
-        self.classes = classes or None
+        index = {}  # name or (id,) of a picture -> its number
+        for row in rows:
+            try:
+                self.add(row, index)
+            except BadRow as e:
+                self.bad.append(e)
         if not self.images:
-            first = [f"the first of {len(self.bad)} bad rows is {bad}" for bad in self.bad[:1]]
-            raise UserError(": ".join([f"{path} has no pair that can be used", *first]))
+            first = f": the first of {len(self.bad)} bad rows is {self.bad[0]}" if self.bad else ""
+            raise UserError(f"{path} has no pair that can be used{first}")
+        self.classes = sorted(set(self.labels) - {None}) or None
         if regions:
-            self.keys = {self.normal(name): name for name in self.open_regions().files}
+            try:
+                self.keys = {self.normal(name): name for name in self.open_regions().files}
+            except Exception as e:  # numpy raises many kinds on a damaged file
+                raise UserError(f"can't read {regions} as an .npz file of regions: write it with "
+                                f"numpy.savez ({type(e).__name__})") from None
             missing = [name for name in self.images if name not in self.keys]
             if missing:
                 raise UserError(f"{regions} has no regions of {missing[0]} ({len(missing)} of "
@@ -603,64 +627,52 @@ class Pairs:
         """One spelling for a path: no blanks around, no ./, and relative where it can be."""
         return os.path.normpath(name.strip()).removeprefix(self.folder)
 
-    def at(self, where):
-        if isinstance(where, int):
-            return f"{self.path} line {where}"
-        return where
-
-    def read(self, rows):
-        index = {}  # name or (id,) of a picture -> its number
-        for row in rows:
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                self.add(row, index)
-            except BadRow as e:
-                self.bad.append(e)
-
     def add(self, row, index):
         """Take a row in. Raises BadRow if nothing of it can be used."""
+        if isinstance(row, BadRow):
+            raise row
         if not isinstance(row.image, str) or not row.image.strip():
-            raise BadRow(self.at(row.where), "", "the name of the picture is empty or no text")
-        name, captions, good = self.normal(row.image), row.captions, []
-        for caption in captions if isinstance(captions, list) else [captions]:
+            raise BadRow(row.where, "", "the name of the picture is empty or no text")
+        name = self.normal(row.image)
+        good = self.good_captions(row, name)
+        if good:
+            key = name if row.id in (None, "") else (str(row.id),)
+            i = index.get(name, index.get(key))
+            if i is None:
+                i = self.add_picture(row, name)
+            index[name] = index[key] = i
+            self.captions[i] += good
+            if row.summary and isinstance(row.summary, str):
+                self.summaries.setdefault((i, good[0]), row.summary.strip())
+
+    def good_captions(self, row, name):
+        """The captions of a row that can be used; the others go into bad."""
+        good, captions = [], row.captions
+        if not isinstance(captions, list):
+            captions = [captions]
+        for caption in captions or [""]:
             fault = caption_fault(caption)
             if fault:
-                fault = f"the caption of {name} {fault}"
-                self.bad.append(BadRow(self.at(row.where), name, fault))
+                self.bad.append(BadRow(row.where, name, f"the caption of {name} {fault}"))
             else:
                 good.append(caption.strip())
-        if captions == []:
-            raise BadRow(self.at(row.where), name, f"{name} has no caption")
-        if not good:
-            return
-        key = name if row.id in (None, "") else (str(row.id),)
-        i = index.get(name, index.get(key))
-        if i is None:
-            self.add_picture(row, name)
-            self.captions.append(good)
-            i = len(self) - 1
-        else:
-            self.captions[i] += good
-        index[name] = index[key] = i
-        if row.summary and isinstance(row.summary, str):
-            self.summaries.setdefault((i, good[0]), row.summary.strip())
+        return good
 
     def add_picture(self, row, name):
-        """Note a new picture, without its captions. Raises BadRow if it is not there."""
-        objects = row.objects
-        if isinstance(objects, list):
-            objects = ", ".join(map(str, objects))
-        if objects is not None and not str(objects).strip():
-            raise BadRow(self.at(row.where), name, f"objects of {name} is empty")
-        if row.place:
-            self.places.append(row.place)
-        elif not os.path.isfile(name if os.path.isabs(name) else self.folder + name):
-            raise BadRow(self.at(row.where), name, f"there is no {name} (paths start at "
-                                                   f"{self.folder}: see --images)")
+        """The number of a new picture. Raises BadRow if it is not there."""
+        if row.objects is not None and not str(row.objects).strip():
+            raise BadRow(row.where, name, f"objects of {name} is empty")
+        path = os.path.join(self.folder, name)
+        if not row.place and not os.path.isfile(path):
+            raise BadRow(row.where, name, f"there is no {name} (paths start at {self.folder}: see "
+                                          "--images)")
         self.images.append(name)
         self.wheres.append(row.where)
-        self.objects.append(objects)
+        self.labels.append(row.label)
+        self.places.append(row.place or (path,))
+        self.captions.append([])
+        self.objects.append(row.objects)
+        return len(self) - 1
 
     def fingerprint(self):
         """A hash of the names and captions, in their order: the same data has the same."""
@@ -672,17 +684,12 @@ class Pairs:
     def label(self, i):
         """The number of picture i's class in .classes, or None."""
         if self.classes:
-            return self.classes.index(self.images[i].split(os.sep)[0].replace("_", " "))
+            return self.classes.index(self.labels[i])
 
     def open_regions(self):
         process = os.getpid()  # each process opens the file for itself
         if process not in self.archives:
-            try:
-                self.archives[process] = np.load(self.regions)
-                self.archives[process].files  # an .npy file has none
-            except Exception as e:  # numpy raises many kinds on a damaged file
-                raise UserError(f"can't read {self.regions} as an .npz file of regions: "
-                                f"write it with numpy.savez ({type(e).__name__})") from None
+            self.archives[process] = np.load(self.regions)
         return self.archives[process]
 
     def views(self, i, image, caption):
@@ -700,7 +707,7 @@ class Pairs:
                     raise ValueError(f"they are {x.shape}; (M, 2052) is needed")
             except Exception as e:  # numpy raises many kinds
                 reason = f"can't read the regions of {name} ({self.regions}: {e})"
-                raise BadRow(self.at(self.wheres[i]), name, reason) from None
+                raise BadRow(self.wheres[i], name, reason) from None
             out["regions"] = x
         return out
 
@@ -716,35 +723,90 @@ class Pairs:
         captions = self.captions[i]
         return self.open(i, size), pick(captions, r) if r else captions[0]
 
-    def source(self, i):
-        """The bytes of picture i's file."""
-        path, offset, size = os.path.join(self.folder, self.images[i]), 0, 2 ** 30
-        if self.places:
-            path, offset, size = self.places[i]
-        with open(path, "rb") as f:
-            f.seek(offset)
-            return f.read(size)
-
     def open(self, i, size=None):
         """Picture i, see open_image. BadRow if it can't be read."""
         name = self.images[i]
         try:
-            return open_image(self.source(i), size, name)
+            return open_image(read_bytes(*self.places[i]), size, name)
         except (UserError, OSError) as e:
-            raise BadRow(self.at(self.wheres[i]), name, str(e)) from None
+            raise BadRow(self.wheres[i], name, str(e)) from None
 
 
 def open_dataset(path, regions=None, images=None):
-    """Pairs of what is at a path, see readers.choose. UserError says what is wrong with the whole;
-    what is wrong with one row is in .bad. images: the folder of the pictures, if it is not that of
-    the file. regions: for PyramidCLIP, see Pairs."""
-    path, classes = str(path), []
+    """Pairs of what is at a path: a folder (see read_folder), .tar files, COCO's .json, Karpathy's
+    .json:split, .jsonl, or else a table. UserError says what is wrong with the whole; what is wrong
+    with one row is in .bad. images: the folder of the pictures, if it is not that of the file.
+    regions: for PyramidCLIP, see Pairs."""
+    path = str(path)
+    file, is_split, split = path.rpartition(".json:")
+    kind, folder = os.path.splitext(path)[1].lower(), os.path.dirname(path)
+    if os.path.isdir(path):
+        rows, folder = read_folder(path), path
+    elif kind == ".tar":
+        rows = read_shards(expand(path))
+    elif is_split:
+        rows, folder = read_karpathy(file + ".json", split), os.path.dirname(file)
+    elif not os.path.isfile(path):
+        raise UserError(f"--data {path}: there is no such file; give a table with a first line "
+                        "image,caption, .jsonl, .json, a folder, .tar files, or `scenes`")
+    else:
+        rows = {".json": read_coco, ".jsonl": read_jsonl}.get(kind, read_table)(path)
     try:
-        prompts = functools.partial(filip_prompts, prefixes=["a photo of a"])
-        rows, folder = choose(path, classes, prompts)
-        return Pairs(path, rows, images or folder, regions, classes)
+        return Pairs(path, rows, images or folder, regions)
     except OSError as e:
         raise UserError(f"can't read {path} ({e})") from None
+
+
+def start_image(content):
+    """A picture of which only the size is read so far, from the bytes of its file."""
+    file = io.BytesIO(content)
+    if content.startswith(b"\xff\xd8\xff"):
+        return JpegImagePlugin.JpegImageFile(file)  # no limit of pixels yet: see open_image
+    if content.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
+        raise ValueError("a PostScript file is no picture")  # Pillow would run Ghostscript
+    return Image.open(file)
+
+
+def open_image(source, size=None, name=None):
+    """A picture, from a path or bytes, in RGB as a person sees it: turned as its EXIF says, on
+    white where it is transparent, of an animation the first frame. Sides may be scaled down, but no
+    further than to size (512). Whatever is wrong with the file becomes a UserError."""
+    side, limit = size or 512, Image.MAX_IMAGE_PIXELS
+    try:
+        im = start_image(source if isinstance(source, bytes) else read_bytes(source))
+        im.draft("RGB", (side, side))  # JPEGs are decoded no larger than needed
+        if limit and not 0 < im.width * im.height <= limit:
+            raise Image.DecompressionBombError
+        im.load()
+        with contextlib.suppress(Exception):  # damaged EXIF: as the picture lies
+            im = ImageOps.exif_transpose(im)
+        return as_rgb(im)
+    except Image.DecompressionBombError:
+        why = f"it has no pixels or more than {limit:,}"
+    except UnidentifiedImageError:
+        why = "cannot identify the file as a picture"
+    except Exception as e:  # Pillow's readers raise nearly anything on a damaged file
+        why = f"{type(e).__name__}: {shown(e)}"
+    if isinstance(source, bytes):
+        source = "the bytes"
+    raise UserError(f"can't read {name or source} as a picture ({why}); replace it or take it out")
+
+
+def as_rgb(im):
+    """Any mode of Pillow's -> RGB. Numbers of more than 8 bits become 0..255 by their range: from 0
+    (or the least, if negative) to the first of 1, 255, and for whole numbers 4095, 65535, that none
+    exceeds, or else to the largest."""
+    if im.mode == "F" or im.mode.startswith("I"):
+        x = np.asarray(im).astype(np.float64)
+        x = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = min(0.0, x.min()), x.max()
+        tops = (1, 255) if im.mode == "F" else (1, 255, 4095, 65535)
+        high = next((top for top in tops if high <= top), high)
+        return Image.fromarray(((x - low) / (high - low) * 255).astype(np.uint8)).convert("RGB")
+    if im.has_transparency_data:
+        im = im.convert("RGBA")
+        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+    return im.convert("RGB")
 
 
 # ------------------------------------------------------------------------------- crops and batches
@@ -889,62 +951,19 @@ def collate(samples, tok, context_length):
 
 
 # ------------------------------------------------------------------------------------- the commands
-class Inspection(torch.utils.data.Dataset):
-    """What `check` reads of each picture: (width, height, hash of the file), or a BadRow."""
-    def __init__(self, pairs):
-        self.pairs = pairs
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, i):
-        try:
-            self.pairs.open(i, 64)
-        except BadRow as e:
-            return e
-        content = self.pairs.source(i)
-        with start_image(content) as im:
-            return *im.size, hashlib.sha256(content).hexdigest()
-
-
-def spread(numbers):
-    numbers = sorted(numbers)
-    return f"{numbers[0]:g} to {numbers[-1]:g}, middle {numbers[len(numbers) // 2]:g}"
-
-
-def repeats(items):
-    return f"{len(items) - len(set(items)):,} of {len(items):,} are there before"
-
-
-def check(pairs, out):
-    """Read everything once with all cores, print what is there, and list the bad rows in `out`."""
-    reading = torch.utils.data.DataLoader(Inspection(pairs), None, num_workers=os.cpu_count())
-    found, texts = list(tqdm(reading, unit=" pictures", disable=None)), pairs.texts()
-    good = [x for x in found if not isinstance(x, BadRow)]
-    bad = pairs.bad + [x for x in found if isinstance(x, BadRow)]
-    print(f"{len(good):,} pictures and {len(texts):,} captions can be used, {len(bad):,} rows not")
-    kinds = [e.reason.replace(e.what or " ", "a picture").split(" (")[0] for e in bad]
-    for kind, n in collections.Counter(kinds).most_common():
-        print(f"  {n:8,}  {kind}")
-    if good:
-        widths, heights, hashes = zip(*good)
-        ratios = [w / h for w, h in zip(widths, heights)]
-        print(f"width         {spread(widths)} pixels\nheight        {spread(heights)} pixels")
-        print(f"width/height  {spread(ratios)}")
-        print(f"pictures      {repeats(hashes)}")
-    print(f"captions      {spread(map(len, texts))} characters\ncaptions      {repeats(texts)}")
-
-    def save(path):
-        with open(path, "w", newline="", encoding="utf-8") as f:
-            csv.writer(f).writerows([("where", "what", "reason"), *(e.args for e in bad)])
-    write(out, save)
-    print(f"listed in {out}")
+def draw_samples(data, n, out):
+    sheet = Image.new("RGB", (228 * n, 224), "white")
+    for i in range(n):
+        image, caption = data.pair(i)
+        print(caption)
+        sheet.paste(center_crop(image, 224), (228 * i, 0))
+    sheet.save(out)
+    print(f"drawn into {out}")
 
 
 def main():
-    ap = argparse.ArgumentParser(description="Print samples of a dataset and draw their pictures; "
-                                 "or read all of it once, and count and list what can't be used.")
-    ap.add_argument("command", nargs="*", metavar="check PATH", help="read all that is in PATH")
+    ap = argparse.ArgumentParser(description="Print and draw samples of a dataset.")
+    ap.add_argument("command", nargs="*", metavar="check PATH", help="read all of it and count")
     ap.add_argument("--data", default="scenes", help="scenes, a table, .jsonl, .json, folder, .tar")
     ap.add_argument("--images", help="the folder of the pictures, if not that of the file")
     ap.add_argument("--n", type=int, default=5, help="how many samples")
@@ -953,26 +972,12 @@ def main():
     if args.command:
         if len(args.command) != 2 or args.command[0] != "check":
             ap.error("the command is: check PATH")
-        return check(open_dataset(args.command[1], images=args.images), args.out or "bad_rows.csv")
-    if args.data == "scenes":
-        data = Scenes(args.n)
-    else:
+        from eval import check  # it reads with this file's functions, so it comes late
+        return check(args.command[1], args.images, args.out or "bad_rows.csv")
+    data = Scenes(args.n)
+    if args.data != "scenes":
         data = open_dataset(args.data, images=args.images)
     draw_samples(data, min(args.n, len(data)), args.out or "samples.png")
-
-
-def draw_samples(data, n, out):
-    sheet = Image.new("RGB", (228 * n + 4, 460), "white")
-    for i in range(n):
-        image, caption = data.pair(i)
-        local, left = data.local_view(i, image, caption, random.Random(i), 224, 0.5)
-        print(f"caption     {caption}\nlocal view  {left}")
-        for name, view in data.views(i, image, caption).items():
-            print(f"{name:11} {getattr(view, 'shape', view)}")
-        sheet.paste(center_crop(image, 224), (228 * i + 4, 4))
-        sheet.paste(local, (228 * i + 4, 232))
-    sheet.save(out)
-    print(f"drawn into {out}, local views below")
 
 
 if __name__ == "__main__":

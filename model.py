@@ -33,6 +33,7 @@ PACL, which SPARC compares with: e_v is written from others' descriptions, not f
 """
 import argparse
 import math
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -42,9 +43,37 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 
 class UserError(Exception):
     """Something the user can put right: one sentence that says what and how."""
+
+
+def write(path, save):
+    """Write a file as a whole or not at all: save(temporary path), then rename. Else UserError."""
+    temporary = path + ".tmp"
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f"can't write {path} ({str(e).splitlines()[0]}): free some space or choose "
+                        "another place; what was there before is kept") from None
+
+
+def pick_device(name="auto"):
+    """One of DEVICES -> cpu, cuda or mps (Apple). auto: a GPU that CUDA or ROCm knows, else the
+    CPU. Raises UserError if there is no such device."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if not there[name]:
+        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such GPU; "
+                        f"use --device cpu, or install a PyTorch built for the GPU")
+    return name
 
 
 class Config(NamedTuple):

@@ -24,8 +24,7 @@ Differs from the papers:
   --weight-decay, --clip-grad and CLIP's loss beside it (clip+filip) steady it.
 - BatchNorm (RN50, LeFF) sees the pictures of one process on CPUs, of all processes on GPUs.
 """
-import argparse, collections, copy, csv, json, math, os, pathlib, random, shutil, signal, sys
-import tempfile, time
+import argparse, copy, ctypes, json, math, os, pathlib, random, shutil, signal, sys, tempfile, time
 from unittest.mock import patch
 import torch
 import torch.distributed as dist
@@ -36,11 +35,10 @@ import eval as evaluation
 import losses as objectives
 import model as models
 import visualize
-from data import BadRow, Batches, Scenes, Tokenizer, UserError, center_crop, collate, normalize
-from data import open_dataset, write
+from data import BadRow, Batches, Scenes, center_crop, collate, normalize, open_dataset
+from eval import Tokenizer, count_faults, list_faults
 from losses import DTYPES, OBJECTIVES, SIX
-from machine import DEVICES, BadData, ignore_ctrl_c, keep_memory, leave_processes, peak_memory
-from machine import pick_device, pick_precision, start_processes
+from model import DEVICES, UserError, pick_device, write
 
 # ----------------------------------------------------------------------------------------- options
 # Defaults that depend on the data, and for --model tiny on the data too.
@@ -236,6 +234,109 @@ def check(args):
     if min(args.lam, args.mu, args.alpha) < 0 or args.lam + args.mu > 1 or args.alpha >= 1:
         raise UserError(f"--lam {args.lam} and --mu {args.mu} are shares of the loss with a sum "
                         f"of at most 1, --alpha {args.alpha} lies in 0..1")
+
+
+# ------------------------------------------------------------------- processes, precision, memory
+class BadData(UserError):
+    """Found by one process alone, which has to say so itself; what all find, the first one says."""
+
+
+def launcher():
+    """What torchrun says -> rank, number of processes, number on this machine. Or BadData."""
+    says = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}
+    rank, world, local, *master = (os.environ.get(name, says[name]) for name in says)
+    if all(x.isdigit() for x in (rank, world, local)) and int(rank) < int(world):
+        if world == "1" or all(master):
+            return int(rank), int(world), int(local)
+    said = [f"{name}={os.environ[name]!r}" for name in says if name in os.environ]
+    lacks = [f"no {name}" for name in says if name not in os.environ]
+    raise BadData(f"the environment has {', '.join(said + lacks)}, which torchrun would not leave "
+                  f"so: start with `torchrun --nproc-per-node 2 train.py ...`, or unset them")
+
+
+def start_processes(args):
+    """Join the processes of torchrun, if there are several -> rank, number of processes, device."""
+    rank, world, local = launcher()
+    device = torch.device(args.device, local if args.device == "cuda" else None)
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"{local + 1} processes but {torch.cuda.device_count()} GPUs: lower "
+                            f"--nproc-per-node, or use --device cpu")
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and world > 1:
+        raise UserError("--device mps serves one process: start train.py without torchrun")
+    else:
+        keep_memory()
+        if world > 1:                                        # torchrun leaves each one thread
+            cores = os.cpu_count()
+            if hasattr(os, "sched_getaffinity"):
+                cores = len(os.sched_getaffinity(0))
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            torch.set_num_threads(max(1, cores // here))
+    if world > 1:
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as e:              # as if the port is taken
+            raise BadData(f"process {rank} can't meet the others ({str(e).splitlines()[0]}): start "
+                          f"all of them with one torchrun") from None
+    return rank, world, device
+
+
+def leave_processes():
+    """Leave the process group. Gloo's threads may still be releasing the last gather's tensors, for
+    which they need Python's lock: an interpreter that ended meanwhile would abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(0.2)
+
+
+def ignore_ctrl_c(worker):
+    """Ctrl-C reaches the data workers too; the main process decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def keep_memory():
+    """Let Linux's C library keep what a step frees for the next one. Else the system hands it out
+    again page by page, each wiped first: a tenth to a third of a small model's step."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    if not mallopt(M_MMAP_THRESHOLD, 1 << 30):               # older versions stop at 32 MB
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)
+
+
+def pick_precision(amp, device):
+    """auto -> bf16 where a matmul in it really is faster, fp16 on GPUs without bf16, else off."""
+    if amp != "auto":
+        return amp
+    if device.type == "mps":
+        return "off"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(1024, 1024).to(dtype)
+        x @ x
+        start = time.perf_counter()
+        for _ in range(3):
+            x @ x
+        seconds[dtype] = time.perf_counter() - start
+    return "bf16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "off"
+
+
+def peak_memory():
+    """The most memory this process has held, on the GPU if any, in MB, or None if unknown."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # --------------------------------------------------------------------------------------- one step
@@ -644,21 +745,15 @@ class Run:
         they are too many beside the good samples; those known before step 1 count on their own."""
         self.bad |= dict.fromkeys(rows)
         path = os.path.join(self.args.out, "bad_rows.csv")
-
-        def save(temporary):
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([("where", "what", "reason"), *self.bad])
         if self.first:
-            write(path, save)
+            list_faults(path, self.bad)
         share, new = self.args.max_bad, list(self.bad)[self.known:]
         seen = good + len(new)
         if len(new) > (max(10, share * seen) if share else 0):
             if done:
                 self.save(done)
                 self.bar.close()
-            kinds = collections.Counter(reason.replace(what or " ", "a picture").split(" (")[0]
-                                        for _, what, reason in new).most_common(3)
-            kinds = "; ".join(f"{n:,} x {reason}" for reason, n in kinds)
+            kinds = "; ".join(f"{n:,} x {kind}" for kind, n in count_faults(new)[:3])
             raise UserError(f"{len(new):,} of {seen:,} samples can't be used ({kinds}), more than "
                             f"--max-bad {share} allows: mend them or raise it; {path} lists them, "
                             f"and `python data.py check {self.args.data}` finds all")

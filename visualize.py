@@ -25,11 +25,10 @@ import sys
 import torch
 from PIL import Image, ImageDraw, ImageFont
 import eval as evaluation
-from data import BadRow, Scenes, Word, clean, fit, open_dataset, open_image
-from data import word_tokens, write
+from data import BadRow, Scenes, Word, fit, open_dataset, open_image
+from eval import clean, word_tokens
 from losses import OBJECTIVES, sparc_alignment
-from machine import DEVICES, pick_device
-from model import UserError
+from model import DEVICES, UserError, pick_device, write
 
 SIDE, MARGIN, LINE = 280, 10, 22  # pixels: of one panel, between panels, of one line of text
 COLUMNS = 6  # panels side by side

@@ -43,7 +43,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import losses
 import model as models
-from data import Batches, Scenes, Tokenizer, normalize
+from data import Batches, Scenes, normalize
+from eval import Tokenizer
 from model import UserError
 from train import keep_memory, make_optimizer, peak_memory, pick_precision
 

@@ -1,4 +1,5 @@
-"""The training loop: bad input, resuming, signals, divergence, full disks, and 1 process = 2.
+"""The training loop: bad input, resuming, signals, divergence, full disks, devices, launchers, and
+1 process = 2.
 
     pytest tests/test_train.py
     KILLS=10 pytest -s tests/test_train.py -k killed      # ten SIGKILLs at random moments, not two
@@ -17,7 +18,9 @@ import pytest
 import torch
 from PIL import Image
 import train
-from data import Batches, Scenes, Tokenizer, UserError
+from data import Batches, Scenes
+from eval import Tokenizer
+from model import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ("--steps 6 --batch-size 8 --layers 1 --width 64 --workers 0 --eval-every 0 --log-every 1 "
@@ -733,3 +736,65 @@ def test_the_command_trains_evaluates_and_draws(tmp_path, python):
     assert files == set(os.listdir(tmp_path / "here"))
     metrics = json.loads((tmp_path / "here" / "metrics.json").read_text())
     assert 0 <= metrics["retrieval"]["i2t_r1"] < 20 and "retrieval i2t_r1" in r.stdout
+
+
+# ------------------------------------------------------------------------- devices and launchers
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", bool)
+    monkeypatch.setattr(torch.backends.mps, "is_available", bool)
+
+
+def test_devices(no_gpu, monkeypatch):
+    """auto takes CUDA, never mps by itself; a GPU that is missing is one sentence."""
+    assert train.pick_device("auto") == train.pick_device("cpu") == "cpu"
+    for name in ("cuda", "mps"):
+        with pytest.raises(UserError, match=f"--device {name}: .* finds no such GPU; use --device"):
+            train.pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train.pick_device() == train.pick_device("cuda") == "cuda"
+
+
+@pytest.mark.parametrize("words", ["train.py", "eval.py nowhere",
+                                   "visualize.py nowhere --image a.png --text x"])
+def test_a_missing_gpu_is_one_sentence(words):
+    """In all three commands, with exit code 1 or 2 and no traceback."""
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    r = subprocess.run([sys.executable, *words.split(), "--device", "mps"], cwd=ROOT,
+                       capture_output=True, text=True)
+    assert r.returncode in (1, 2) and len(r.stderr.strip().splitlines()) == 1
+    assert f"{words.split()[0]}: --device mps: this PyTorch" in r.stderr
+
+
+TORCHRUN = dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="here", MASTER_PORT="1")
+
+
+@pytest.mark.parametrize("variables, found", [
+    ({}, (0, 1, 0)), ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0)), (TORCHRUN, (3, 8, 1)),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "no LOCAL_RANK, no MASTER_ADDR"),
+    ({"RANK": "1"}, "RANK='1'"), ({"RANK": ""}, "RANK=''"),
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+    (TORCHRUN | {"RANK": "8"}, "RANK='8'"), (TORCHRUN | {"MASTER_PORT": ""}, "MASTER_PORT=''"),
+    ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'")])
+def test_launcher(monkeypatch, variables, found):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(found, tuple):
+        assert train.launcher() == found
+    else:
+        with pytest.raises(train.BadData, match=f"{found}.*start with `torchrun"):
+            train.launcher()
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "0", "WORLD_SIZE": "2"}, {"WORLD_SIZE": ""},
+                                       {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_train_py_says_so(variables, tmp_path):
+    """Every process, not only the first, as each may be a terminal of its own."""
+    clear = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
+    r = subprocess.run([sys.executable, os.path.join(ROOT, "train.py")], cwd=tmp_path,
+                       env=clear | variables, capture_output=True, text=True)
+    assert r.returncode == 2 and r.stderr.startswith("train.py: the environment has")
+    assert len(r.stderr.splitlines()) == 1 and not os.listdir(tmp_path)
