@@ -67,7 +67,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dtype):
         rows = x.new_empty(world() * len(x), *x.shape[1:], dtype=dtype or x.dtype)
-        dist.all_gather_into_tensor(rows, x.to(rows.dtype).contiguous())
+        dist.all_gather(list(rows.chunk(world())), x.to(rows.dtype).contiguous())  # sent in dtype
         return rows.to(x.dtype)
 
     @staticmethod
@@ -75,7 +75,7 @@ class Gather(torch.autograd.Function):
     def backward(ctx, grad):                        # sums all ranks' gradients of my rows, in fp32
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
         mine = grad.new_empty(len(grad) // world(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, grad)
+        dist.reduce_scatter(mine, list(grad.chunk(world())))
         return mine, None
 
 
@@ -172,8 +172,8 @@ def filip_similarity(V, T, M):
 
 
 def best_tokens(x, real, others, keep):
-    """x (b,N,D), real (b,N), others (n,D) -> (b,k,D), mask (b,k): of each sample the share `keep`
-    of its real tokens, at least one, that has the largest eq. 3 over all others (FILIP 3.1.1)."""
+    """x (b,N,D), real (b,N), others (n,D), this process's tokens of the other kind -> (b,k,D), mask
+    (b,k): a sample's share `keep` of real tokens, 1 at least, with the largest eq. 3 over them."""
     with torch.no_grad():
         others = unit(others).T
         score = torch.cat([(some @ others).amax(-1) for some in unit(x).split(16)])     # (b, N)
@@ -198,7 +198,7 @@ def filip_loss(V, T, M, scale, keep=1.0, gather_dtype=None, one_sided=False):
     tokens that stands for each sample (0.25 in 3.1.1); one_sided: only where it meets the others,
     as in SPARC's copy. gather_dtype: tokens are sent in it (fp16 in 3.1.1); None: as they are."""
     V_sent, T_sent, M_sent = V, T, M
-    if keep < 1:                                                # FILIP 3.1.1
+    if keep < 1:                                                # FILIP 3.1.1: the top 25%
         V_sent, _ = best_tokens(V, torch.ones_like(V[..., 0], dtype=torch.bool), T[M], keep)
         T_sent, M_sent = best_tokens(T, M, V.flatten(0, 1), keep)
     if not one_sided:

@@ -23,7 +23,8 @@ Differs from the papers:
   --weight-decay, --clip-grad and CLIP's loss beside it (clip+filip) steady it.
 - BatchNorm (RN50, LeFF) sees the pictures of one process on CPUs, of all processes on GPUs.
 """
-import argparse, ctypes, json, math, os, pathlib, random, shutil, signal, sys, tempfile, time
+import argparse, contextlib, ctypes, json, math, os, pathlib, random, shutil, signal
+import sys, tempfile, time
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -71,7 +72,7 @@ def flags():
     add("--data", "train on scenes (built in), or a CSV with the columns image,caption", "scenes")
     add("--out", "write the run into this folder (runs/LOSS)")
     add("--steps", "take so many optimiser steps (scenes 2800, files 3000)", **whole)
-    add("--batch-size", "draw so many pairs a step in all; halve it if memory runs out", 128)
+    add("--batch-size", "pairs a step, over all processes; halve it if memory runs out", 128)
     add("--lr", "set the peak learning rate (tiny: scenes 1.5e-3, files 1e-3; full size: 5e-4; "
         "lamb: FILIP's 6e-3 sqrt(batch size / 512))", **number)
     add("--image-size", "set a picture's side (tiny: scenes 56, files 112; else model's)", **whole)
@@ -118,7 +119,7 @@ def flags():
     group = group.add_mutually_exclusive_group()
     add("--leff", "give the first N blocks LeFF and let regions enter behind them, Figure 6's L_s "
         "(three quarters of the blocks: 9 of 12)", metavar="N", **whole)
-    add("--no-leff", "take LeFF out, and leave the regions' place (Tables 5, 13, 14)", **switch)
+    add("--no-leff", "use LeFF in no block; regions enter as before (Tables 5, 13, 14)", **switch)
     group = ap.add_argument_group("optimisation")
     add("--optimizer", "choose lamb for FILIP's", "adamw", choices=("adamw", "lamb"))
     add("--warmup", "warm up over so many steps; raise it if the loss sticks at ln(batch)", 100)
@@ -389,13 +390,12 @@ def make_model(args, tok):
     if args.loss == "pacl":
         special = {"embedder": True}                         # a patch embedder of its own
     if args.loss == "pyramid":
-        special = {"regions": 2052}
-        layers = args.layers or models.CONFIGS[args.model]["vision_layers"]
-        if args.leff is not None:
-            special |= {"leff": args.leff, "front": args.leff}
-        elif isinstance(layers, int):                        # not a ResNet
+        layers, front = args.layers or models.CONFIGS[args.model]["vision_layers"], args.leff
+        if front is None and isinstance(layers, int):        # not a ResNet
             front = layers - max(1, layers // 4)             # regions enter behind 9 of 12 blocks
-            special |= {"leff": 0 if args.no_leff else front, "front": front}
+        if isinstance(layers, int) and front > layers:
+            raise UserError(f"--leff {front}: this model has {layers} blocks, choose 0 to {layers}")
+        special = {"regions": 2052, "front": front, "leff": 0 if args.no_leff else front}
     if args.width:
         special["vision_heads"] = special["text_heads"] = max(1, args.width // 64)
     model = models.build(
@@ -566,7 +566,12 @@ class Run:
 
 def train(args):
     """-> True in the first process of a complete run, which then calls finish. Raises UserError."""
-    run = Run(args)
+    try:
+        run = Run(args)
+    except UserError:
+        with contextlib.suppress(OSError):
+            os.rmdir(args.out)                               # a folder that was made for nothing
+        raise
     for step in range(run.start, args.steps):
         if step == 5:
             run.spent.clear()                          # the first steps are slower

@@ -187,10 +187,10 @@ def main():
     ap.add_argument("run", help="run folder of train.py, such as runs/sparc")
     ap.add_argument("--image", help="a picture of your own")
     ap.add_argument("--text", help="what it shows, as in \"a photo of a balloon\"")
-    ap.add_argument("--words", nargs="+", help="words to mark (default: all but articles)")
+    ap.add_argument("--words", nargs="+", help="words to mark (default: all but a, on, left ...)")
     ap.add_argument("--data", help="scenes, or a CSV (default: what the run was trained for)")
     ap.add_argument("--n", type=int, default=6, help="how many scenes, or pictures of the CSV")
-    ap.add_argument("--out", help="the PNG to write (default: RUN/align.png)")
+    ap.add_argument("--out", help="the PNG to write (default: RUN/align.png, align-IMAGE.png)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ap.add_argument("--device", default=device, help="where to compute")
     args = ap.parse_args()
@@ -206,7 +206,8 @@ def main():
     model, tok, saved = evaluation.load_run(args.run, args.device)
     words = find_words(tok, args.text, [w.lower() for w in args.words or []])
     row = draw_row(model, tok, saved, open_image(args.image), args.text, words)
-    print(stack([row], args.out or os.path.join(args.run, "align.png")))
+    name = os.path.splitext(os.path.basename(args.image))[0]
+    print(stack([row], args.out or os.path.join(args.run, f"align-{name}.png")))
 
 
 if __name__ == "__main__":
