@@ -211,9 +211,9 @@ def cell(values, digits):
 def table(rows):
     """{row: metrics of each seed that is finished} -> Markdown. A dash: no seed is finished. An
     empty cell: the objective has no such number."""
-    lines = [["", *COLUMNS]]
+    lines = [["", "seeds", *COLUMNS]]
     for name, seeds in rows.items():
-        cells = []
+        cells = [str(len(seeds))]
         for digits, places in COLUMNS.values():
             values = [value(metrics, places) for metrics in seeds]
             values = [x for x in values if x is not None]
