@@ -449,10 +449,6 @@ def sparc(f, head, **options):
     return sparc_loss(f["v"], f["t"], f["V"], f["T"], f["M"], f["scale"], **options)
 
 
-def nothing(dim):
-    return nn.Module()
-
-
 # How pictures and texts are compared once trained -> the matrix (B,C) that ranks texts for a
 # picture, and the one that ranks pictures for a text.
 def score_global(v, V, t, T, M):
@@ -474,7 +470,7 @@ class Objective(typing.NamedTuple):
     function: str                               # what `python losses.py NAME` prints
     about: str                                  # what it compares, in a line
     options: tuple = ()                         # names of the options of loss that a run can set
-    head: typing.Callable = nothing             # head(D) -> module
+    head: typing.Callable = nn.Identity         # head(D) -> module; this one learns nothing
     score: typing.Callable = score_global
     late: bool = False                          # words and patches meet one by one, by cosine
     trains_v: bool = True                       # the loss uses v, so the layer h_v before it learns

@@ -12,7 +12,7 @@ the end, metrics.json and align.png. A batch depends on the seed and the step's 
 run that is killed and resumed ends with the numbers of one that was not.
 
 Differs from the papers:
-- The defaults suit scenes. SPARC has 16,348 pairs a batch, sigma 1/P, a local weight of 0.5 to 10,
+- The defaults suit scenes. SPARC has 16,384 pairs a batch, sigma 1/P, a local weight of 0.5 to 10,
   and no patches through h_v: `--sigma 1/P --local-weight 1 --no-patches-through-h`.
 - AdamW's beta2 of 0.98 and the clipping of gradients are ours; no paper gives them.
 - Warm-up takes 100 steps (FILIP 3,000, SPARC 2,500, PyramidCLIP a tenth of all). Weight decay is
