@@ -565,7 +565,8 @@ class Pairs:
         for row in reader:
             where = f"{self.path} line {reader.line_num}"
             if None in row:
-                raise UserError(f"{where} has too many cells: quote a caption with commas")
+                raise UserError(f"{where} has more cells than the first line: put a caption with "
+                                f"commas in double quotes")
             row = {column: (cell or "").strip() for column, cell in row.items()}
             name, caption = row["image"], row["caption"]
             if not name or not caption:
@@ -574,9 +575,10 @@ class Pairs:
             if name not in index:
                 path = os.path.join(os.path.dirname(os.path.abspath(self.path)), name)
                 if not os.path.isfile(path):
-                    raise UserError(f"{where}: there is no {path}; paths start at the CSV")
-                if row.get("objects") == "":
-                    raise UserError(f"{where}: objects of {name} is empty; fill it in")
+                    raise UserError(f"{where}: there is no picture {path}; paths start at the CSV")
+                empty = [column for column in ("summary", "objects") if row.get(column) == ""]
+                if empty:
+                    raise UserError(f"{where}: {empty[0]} of {name} is empty; fill it in")
                 index[name] = len(index)
                 self.images.append((name, path, f"{where}: "))
                 self.captions.append([])

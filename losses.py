@@ -222,14 +222,14 @@ def soft_clip_loss(x, y, scale, alpha=0.2):
     """x (b,D), y (b,D) of the same pairs -> scalar. PyramidCLIP 3.4, softened targets.
 
     alpha: how soft; 0 gives clip_loss. As printed, a row of targets sums to 1 + alpha / (N - 1)."""
-    x, y, all_x, all_y = unit(x), unit(y), gather(unit(x)), gather(unit(y))
-    N = len(all_x)
+    x, y = unit(x), unit(y)
+    N = world() * len(x)
     if N == 1:
         alpha = 0                                               # no negative to give a share to
     hard = F.one_hot(labels(x), N).to(x.dtype)                  # (b, N)
     target = (1 - alpha) * hard + alpha / max(1, N - 1)         # PyramidCLIP eq. 2
     loss = 0
-    for rows, columns in ((x, all_y), (y, all_x)):
+    for rows, columns in ((x, gather(y)), (y, gather(x))):
         logits = scale * torch.einsum("id,jd->ij", rows, columns)
         log_p = logits.log_softmax(1)                           # PyramidCLIP eq. 1  (b, N)
         loss = loss - (target * log_p).sum(1).mean() / 2        # PyramidCLIP eq. 3

@@ -390,6 +390,7 @@ def test_any_picture_becomes_rgb(tmp_path, mode):
     ("image,caption\na.png,one\nb.jpg,  \n", ["line 3", "caption", "b.jpg"]),
     ("image,caption\na.png\n", ["line 2", "caption", "a.png"]),
     ("image,caption\na.png,red, blue\n", ["line 2", "commas"]),
+    ("image,caption,summary\na.png,one,\n", ["line 2", "summary", "a.png", "empty"]),
     ("image,caption\na.png,café\n", ["UTF-8"])])
 def test_bad_csv(tmp_path, text, parts):
     refuse(["d.csv", *parts], Pairs, write_csv(tmp_path, text, "latin-1"))
