@@ -67,7 +67,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dtype):
         rows = x.new_empty(world() * len(x), *x.shape[1:], dtype=dtype or x.dtype)
-        dist.all_gather_into_tensor(rows, x.to(rows.dtype).contiguous())
+        dist.all_gather(list(rows.chunk(world())), x.to(rows.dtype).contiguous())  # sent in dtype
         return rows.to(x.dtype)
 
     @staticmethod
@@ -75,7 +75,7 @@ class Gather(torch.autograd.Function):
     def backward(ctx, grad):                        # sums all ranks' gradients of my rows, in fp32
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
         mine = grad.new_empty(len(grad) // world(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, grad)
+        dist.reduce_scatter(mine, list(grad.chunk(world())))
         return mine, None
 
 
@@ -172,8 +172,8 @@ def filip_similarity(V, T, M):
 
 
 def best_tokens(x, real, others, keep):
-    """x (b,N,D), real (b,N), others (n,D) -> (b,k,D), mask (b,k): of each sample the share `keep`
-    of its real tokens, at least one, that has the largest eq. 3 over all others (FILIP 3.1.1)."""
+    """x (b,N,D), real (b,N), others (n,D), this process's tokens of the other kind -> (b,k,D), mask
+    (b,k): a sample's share `keep` of real tokens, 1 at least, with the largest eq. 3 over them."""
     with torch.no_grad():
         others = unit(others).T
         score = torch.cat([(some @ others).amax(-1) for some in unit(x).split(16)])     # (b, N)
@@ -198,7 +198,7 @@ def filip_loss(V, T, M, scale, keep=1.0, gather_dtype=None, one_sided=False):
     tokens that stands for each sample (0.25 in 3.1.1); one_sided: only where it meets the others,
     as in SPARC's copy. gather_dtype: tokens are sent in it (fp16 in 3.1.1); None: as they are."""
     V_sent, T_sent, M_sent = V, T, M
-    if keep < 1:                                                # FILIP 3.1.1
+    if keep < 1:                                                # FILIP 3.1.1: the top 25%
         V_sent, _ = best_tokens(V, torch.ones_like(V[..., 0], dtype=torch.bool), T[M], keep)
         T_sent, M_sent = best_tokens(T, M, V.flatten(0, 1), keep)
     if not one_sided:
@@ -222,14 +222,14 @@ def soft_clip_loss(x, y, scale, alpha=0.2):
     """x (b,D), y (b,D) of the same pairs -> scalar. PyramidCLIP 3.4, softened targets.
 
     alpha: how soft; 0 gives clip_loss. As printed, a row of targets sums to 1 + alpha / (N - 1)."""
-    x, y, all_x, all_y = unit(x), unit(y), gather(unit(x)), gather(unit(y))
-    N = len(all_x)
+    x, y = unit(x), unit(y)
+    N = world() * len(x)
     if N == 1:
         alpha = 0                                               # no negative to give a share to
     hard = F.one_hot(labels(x), N).to(x.dtype)                  # (b, N)
     target = (1 - alpha) * hard + alpha / max(1, N - 1)         # PyramidCLIP eq. 2
     loss = 0
-    for rows, columns in ((x, all_y), (y, all_x)):
+    for rows, columns in ((x, gather(y)), (y, gather(x))):
         logits = scale * torch.einsum("id,jd->ij", rows, columns)
         log_p = logits.log_softmax(1)                           # PyramidCLIP eq. 1  (b, N)
         loss = loss - (target * log_p).sum(1).mean() / 2        # PyramidCLIP eq. 3
@@ -449,10 +449,6 @@ def sparc(f, head, **options):
     return sparc_loss(f["v"], f["t"], f["V"], f["T"], f["M"], f["scale"], **options)
 
 
-def nothing(dim):
-    return nn.Module()
-
-
 # How pictures and texts are compared once trained -> the matrix (B,C) that ranks texts for a
 # picture, and the one that ranks pictures for a text.
 def score_global(v, V, t, T, M):
@@ -474,7 +470,7 @@ class Objective(typing.NamedTuple):
     function: str                               # what `python losses.py NAME` prints
     about: str                                  # what it compares, in a line
     options: tuple = ()                         # names of the options of loss that a run can set
-    head: typing.Callable = nothing             # head(D) -> module
+    head: typing.Callable = nn.Identity         # head(D) -> module; this one learns nothing
     score: typing.Callable = score_global
     late: bool = False                          # words and patches meet one by one, by cosine
     trains_v: bool = True                       # the loss uses v, so the layer h_v before it learns

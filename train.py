@@ -13,7 +13,7 @@ the seed and the step's number alone, so a run that is killed and resumed ends w
 one that was not.
 
 Differs from the papers:
-- The defaults suit scenes. SPARC has 16,348 pairs a batch, sigma 1/P, a local weight of 0.5 to 10,
+- The defaults suit scenes. SPARC has 16,384 pairs a batch, sigma 1/P, a local weight of 0.5 to 10,
   and no patches through h_v: `--sigma 1/P --local-weight 1 --no-patches-through-h`.
 - AdamW's beta2 of 0.98 and the clipping of gradients are ours; no paper gives them.
 - Warm-up takes 100 steps (FILIP 3,000, SPARC 2,500, PyramidCLIP a tenth of all). Weight decay is
@@ -24,7 +24,8 @@ Differs from the papers:
   --weight-decay, --clip-grad and CLIP's loss beside it (clip+filip) steady it.
 - BatchNorm (RN50, LeFF) sees the pictures of one process on CPUs, of all processes on GPUs.
 """
-import argparse, copy, ctypes, json, math, os, pathlib, random, shutil, signal, sys, tempfile, time
+import argparse, contextlib, copy, ctypes, json, math, os, pathlib, random, shutil, signal
+import sys, tempfile, time
 from unittest.mock import patch
 import torch
 import torch.distributed as dist
@@ -35,8 +36,8 @@ import eval as evaluation
 import losses as objectives
 import model as models
 import visualize
-from data import BadRow, Batches, Scenes, center_crop, collate, normalize, open_dataset
-from eval import Tokenizer, count_faults, list_faults
+from data import BadRow, Batches, Scenes, Tokenizer, center_crop, collate, normalize, open_dataset
+from eval import count_faults, list_faults
 from losses import DTYPES, OBJECTIVES, SIX
 from model import DEVICES, UserError, pick_device, write
 
@@ -79,7 +80,7 @@ def flags():
         "JSONL), COCO's or Karpathy's JSON, a folder, tar shards; see data.py", "scenes")
     add("--out", "write the run into this folder (runs/LOSS)")
     add("--steps", "take so many optimiser steps (scenes 2800, files 3000)", **whole)
-    add("--batch-size", "draw so many pairs a step in all; halve it if memory runs out", 128)
+    add("--batch-size", "pairs a step, over all processes; halve it if memory runs out", 128)
     add("--lr", "set the peak learning rate (tiny: scenes 1.5e-3, files 1e-3; full size: 5e-4; "
         "lamb: FILIP's 6e-3 sqrt(batch size / 512))", **number)
     add("--image-size", "set a picture's side (tiny: scenes 56, files 112; else model's)", **whole)
@@ -132,7 +133,7 @@ def flags():
     group = group.add_mutually_exclusive_group()
     add("--leff", "give the first N blocks LeFF and let regions enter behind them, Figure 6's L_s "
         "(three quarters of the blocks: 9 of 12)", metavar="N", **whole)
-    add("--no-leff", "take LeFF out, and leave the regions' place (Tables 5, 13, 14)", **switch)
+    add("--no-leff", "use LeFF in no block; regions enter as before (Tables 5, 13, 14)", **switch)
     group = ap.add_argument_group("optimisation")
     add("--optimizer", "choose lamb for FILIP's", "adamw", choices=("adamw", "lamb"))
     add("--warmup", "warm up over so many steps; raise it if the loss sticks at ln(batch)", 100)
@@ -551,13 +552,12 @@ def make_model(args, tok):
     if args.loss == "pacl":
         special = {"embedder": True}                         # a patch embedder of its own
     if args.loss == "pyramid":
-        special = {"regions": 2052}
-        layers = args.layers or models.CONFIGS[args.model]["vision_layers"]
-        if args.leff is not None:
-            special |= {"leff": args.leff, "front": args.leff}
-        elif isinstance(layers, int):                        # not a ResNet
+        layers, front = args.layers or models.CONFIGS[args.model]["vision_layers"], args.leff
+        if front is None and isinstance(layers, int):        # not a ResNet
             front = layers - max(1, layers // 4)             # regions enter behind 9 of 12 blocks
-            special |= {"leff": 0 if args.no_leff else front, "front": front}
+        if isinstance(layers, int) and front > layers:
+            raise UserError(f"--leff {front}: this model has {layers} blocks, choose 0 to {layers}")
+        special = {"regions": 2052, "front": front, "leff": 0 if args.no_leff else front}
     if args.width:
         special["vision_heads"] = special["text_heads"] = max(1, args.width // 64)
     model = models.build(
@@ -777,7 +777,12 @@ class Run:
 
 def train(args):
     """-> True in the first process of a complete run, which then calls finish. Raises UserError."""
-    run = Run(args)
+    try:
+        run = Run(args)
+    except UserError:
+        with contextlib.suppress(OSError):
+            os.rmdir(args.out)                               # a folder that was made for nothing
+        raise
     for step in range(run.start, args.steps):
         if step == 5:
             run.spent.clear()                          # the first steps are slower

@@ -25,8 +25,7 @@ import sys
 import torch
 from PIL import Image, ImageDraw, ImageFont
 import eval as evaluation
-from data import BadRow, Scenes, Word, fit, open_dataset, open_image
-from eval import clean, word_tokens
+from data import BadRow, Scenes, Word, clean, fit, open_dataset, open_image, word_tokens
 from losses import OBJECTIVES, sparc_alignment
 from model import DEVICES, UserError, pick_device, write
 
@@ -225,13 +224,14 @@ def main():
     ap.add_argument("run", help="run folder of train.py, such as runs/sparc")
     ap.add_argument("--image", help="a picture of your own")
     ap.add_argument("--text", help="what it shows, as in \"a photo of a balloon\"")
-    ap.add_argument("--words", nargs="+", help="words, phrases to mark (default: all but articles)")
+    ap.add_argument("--words", nargs="+",
+                    help="words or phrases to mark (default: all but a, on, left ...)")
     ap.add_argument("--fit", default="crop", choices=("crop", "pad"), help="show a wide picture's "
                     "central square, as in training (default), or all of it")
     ap.add_argument("--data", help="scenes, or as train.py --data (default: what the run is for)")
     ap.add_argument("--images", help="the folder of the pictures that a JSON file names")
     ap.add_argument("--n", type=int, default=6, help="how many scenes or pictures")
-    ap.add_argument("--out", help="the PNG to write (default: RUN/align.png)")
+    ap.add_argument("--out", help="the PNG to write (default: RUN/align.png, align-IMAGE.png)")
     ap.add_argument("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
     args = ap.parse_args()
     if bool(args.image) != bool(args.text):
@@ -250,7 +250,8 @@ def main():
     if args.fit == "crop" and image.width != image.height:
         print(f"note: {args.image} is cut to a square: --fit pad shows all", file=sys.stderr)
     row = draw_row(model, tok, saved, image, args.text, words, args.fit)
-    print(stack([row], args.out or os.path.join(args.run, "align.png")))
+    name = os.path.splitext(os.path.basename(args.image))[0]
+    print(stack([row], args.out or os.path.join(args.run, f"align-{name}.png")))
 
 
 if __name__ == "__main__":

@@ -43,8 +43,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import losses
 import model as models
-from data import Batches, Scenes, normalize
-from eval import Tokenizer
+from data import Batches, Scenes, Tokenizer, normalize
 from model import UserError
 from train import keep_memory, make_optimizer, peak_memory, pick_precision
 
@@ -212,9 +211,9 @@ def cell(values, digits):
 def table(rows):
     """{row: metrics of each seed that is finished} -> Markdown. A dash: no seed is finished. An
     empty cell: the objective has no such number."""
-    lines = [["", *COLUMNS]]
+    lines = [["", "seeds", *COLUMNS]]
     for name, seeds in rows.items():
-        cells = []
+        cells = [str(len(seeds))]
         for digits, places in COLUMNS.values():
             values = [value(metrics, places) for metrics in seeds]
             values = [x for x in values if x is not None]

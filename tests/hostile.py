@@ -27,8 +27,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from data import BadRow, Batches, UserError, open_dataset  # noqa: E402
-from eval import Tokenizer  # noqa: E402
+from data import BadRow, Batches, Tokenizer, UserError, open_dataset  # noqa: E402
 
 N, LIMIT = 12, 30  # pictures in a data set, seconds for an input
 WORDS = "a dog runs over the green field and jumps into cold water".split()

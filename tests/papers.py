@@ -64,9 +64,9 @@ def sparc_weights(word, patches, sigma, use_softmax):
     low, high = min(s), max(s)
     if low == high:                                     # "all patches are equally similar"
         return [1 / len(s) for _ in s]
-    s_hat = [(x - low) / (high - low) for x in s]                                           # (2)
-    s_til = [x if x >= sigma else 0 * x for x in s_hat]                                     # (3)
-    return [x / sum(s_til) for x in s_til]                                                  # (4)
+    s_hat = [(x - low) / (high - low) for x in s]                                      # SPARC eq. 2
+    s_til = [x if x >= sigma else 0 * x for x in s_hat]                                # SPARC eq. 3
+    return [x / sum(s_til) for x in s_til]                                             # SPARC eq. 4
 
 
 def sparc(v, t, V, T, M, g, global_weight=0.5, local_weight=1.0, sigma=None, softmax=False,
@@ -78,7 +78,7 @@ def sparc(v, t, V, T, M, g, global_weight=0.5, local_weight=1.0, sigma=None, sof
         words, seen = words_of(text, real), []
         for word in words:
             a = sparc_weights(word, patches, 1 / P if sigma is None else sigma, softmax)
-            seen.append(sum(a[p] * patches[p] for p in range(P)))                           # (5)
+            seen.append(sum(a[p] * patches[p] for p in range(P)))                      # SPARC eq. 5
         of_words = []
         for l in range(len(words)):
             forth = info_nce([g * cosine(seen[l], word) for word in words], l)
@@ -86,10 +86,10 @@ def sparc(v, t, V, T, M, g, global_weight=0.5, local_weight=1.0, sigma=None, sof
             of_words.append((forth + back) / 2)
         of_texts.append(of_words)
     if per_text:
-        local = mean([mean(of_words) for of_words in of_texts])                             # (6)
+        local = mean([mean(of_words) for of_words in of_texts])                        # SPARC eq. 6
     else:
         local = mean(sum(of_texts, []))
-    return global_weight * clip(v, t, g) + local_weight * local                             # (7)
+    return global_weight * clip(v, t, g) + local_weight * local                        # SPARC eq. 7
 
 
 # ------------------------------------------------------------------------------------------- FILIP
@@ -129,7 +129,7 @@ def filip(V, T, M, g, keep=1, one_sided=False, groups=None):
         """Eq. (5): each word of text j finds its best patch of picture i."""
         return mean([max(patch @ word for patch in sent_patches[i]) for word in words[j]])
 
-    of_pictures = [info_nce([g * s_image(k, j) for j in B], k) for k in B]                  # (1)
+    of_pictures = [info_nce([g * s_image(k, j) for j in B], k) for k in B]             # FILIP eq. 1
     of_texts = [info_nce([g * s_text(i, k) for i in B], k) for k in B]
     return (mean(of_pictures) + mean(of_texts)) / 2
 
@@ -141,10 +141,10 @@ def soft_clip(x, y, g, alpha=0.2):
     total = 0
     for mine, others in ((x, y), (y, x)):
         for i in range(N):
-            p = softmax([g * cosine(mine[i], others[j]) for j in range(N)])                 # (1)
+            p = softmax([g * cosine(mine[i], others[j]) for j in range(N)])      # PyramidCLIP eq. 1
             for j in range(N):                          # N = 1: p is 1 and its log 0
-                target = (1 - alpha) * (i == j) + alpha / max(1, N - 1)                     # (2)
-                total = total - target * torch.log(p[j]) / (2 * N)                          # (3)
+                target = (1 - alpha) * (i == j) + alpha / max(1, N - 1)          # PyramidCLIP eq. 2
+                total = total - target * torch.log(p[j]) / (2 * N)               # PyramidCLIP eq. 3
     return total
 
 
@@ -153,7 +153,8 @@ def pyramid(v_g, v_l, v_r, l_s, l_t, l_a, g, alpha, lam, mu):
     peer = soft_clip(v_g, l_s, g, alpha) + soft_clip(v_l, l_t, g, alpha)
     cross_global = soft_clip(v_g, l_a, g, alpha) + soft_clip(v_r, l_s, g, alpha)
     cross_local = soft_clip(v_l, l_a, g, alpha) + soft_clip(v_r, l_t, g, alpha)
-    return (1 - lam - mu) * peer / 2 + lam * cross_global / 2 + mu * cross_local / 2        # (4)
+    weighted = (1 - lam - mu) * peer + lam * cross_global + mu * cross_local     # PyramidCLIP eq. 4
+    return weighted / 2
 
 
 # -------------------------------------------------------------------------------------------- PACL

@@ -96,7 +96,7 @@ def test_a_run_that_fails_is_named_with_the_reason_and_the_others_go_on(run, tmp
     assert "pacl-0 failed: train.py: step 3: the loss is nan\n" in said.err
     assert "missing: pacl-0" in said.out
     rows = [line.split(" | ") for line in said.out.splitlines()[2:4]]
-    assert rows[0][1].strip() == "-" and rows[1][1].strip() == "55.0"
+    assert rows[0][2].strip() == "-" and rows[1][2].strip() == "55.0"
 
 
 def test_a_cell_is_mean_and_deviation_or_a_dash_or_empty():
@@ -107,9 +107,9 @@ def test_a_cell_is_mean_and_deviation_or_a_dash_or_empty():
     lines = bench.table({"clip": seeds, "sparc": [seeds[0] | gap], "mgca": []}).splitlines()
     assert len({len(line) for line in lines}) == 1
     clip, sparc, mgca = ([x.strip() for x in line.strip("|").split("|")] for line in lines[2:])
-    assert clip == ["clip", "63.0 ± 2.0", "", "", "", "", "", "", "80"]
-    assert sparc == ["sparc", "61.0", "", "", "", "", "", "1.23", "80"]
-    assert mgca == ["mgca"] + 8 * ["-"]
+    assert clip == ["clip", "3", "63.0 ± 2.0", "", "", "", "", "", "", "80"]
+    assert sparc == ["sparc", "1", "61.0", "", "", "", "", "", "1.23", "80"]
+    assert mgca == ["mgca", "0"] + 8 * ["-"]
 
 
 ROWS = bench.ALL_OBJECTIVES | bench.TABLE_5 | bench.TABLE_14

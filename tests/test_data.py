@@ -1,4 +1,4 @@
-"""Tests of data.py and of eval.py's tokeniser: scenes and their ground truth, each kind of file,
+"""Tests of data.py: the tokeniser, scenes and their ground truth, each kind of file,
 each fault that people's files have, each picture mode, batches.
 
     pytest tests/test_data.py             # half a minute on one core
@@ -31,12 +31,12 @@ import pytest
 import torch
 from PIL import Image
 
-import eval as evaluation
+import data
 from data import (
-    BACKGROUNDS, COLOURS, FILLS, HELD_OUT, MEAN, SHAPES, SIZES, STD, BadRow, Batches, Scenes,
-    center_crop, expand, filip_prompts, fit, join, normalize, open_dataset, open_image,
-    random_crop, random_window)
-from eval import BOS, BYTES, EOT, WORDS, Tokenizer, clean, sparc_prompts, word_tokens
+    BACKGROUNDS, BOS, BYTES, COLOURS, EOT, FILLS, HELD_OUT, MEAN, SHAPES, SIZES, STD, WORDS,
+    BadRow, Batches, Scenes, Tokenizer, center_crop, clean, expand, filip_prompts, fit, join,
+    normalize, open_dataset, open_image, random_crop, random_window, word_tokens)
+from eval import sparc_prompts
 from model import UserError
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -943,38 +943,32 @@ def test_marks_belong_to_words_in_learned_vocabularies():
     nine = "कुत्ता हिंदी में पानी की किताब के नीचे है"
     learned = Tokenizer.train([nine] * 3, 5000)
     assert len(learned.encode(nine)) == 9 and learned.decode(learned.encode(nine)) == nine
-    assert len(evaluation.WORDS.findall(nine)) > 20  # the published pattern cuts at each mark
+    assert len(data.WORDS.findall(nine)) > 20  # the published pattern cuts at each mark
     published = Tokenizer([f"q{i} z" for i in range(48894)])
-    assert published.words is evaluation.WORDS and published.decode(published.encode(nine)) != nine
+    assert published.words is data.WORDS and published.decode(published.encode(nine)) != nine
     for text in ("กินน้ำ", "مُحَمَّد", "❤️ it's 👩‍🚀"):
-        assert "".join(evaluation.MARKED_WORDS.findall(text)) == text.replace(" ", "")
+        assert "".join(data.MARKED_WORDS.findall(text)) == text.replace(" ", "")
 
 
 def test_the_merges_file_is_found_or_loaded_once(tmp_path, monkeypatch):
-    content, calls = b"published", []
-
-    def urlopen(url, timeout):
-        calls.append(url)
-        return io.BytesIO(content)
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    content, published = b"published", tmp_path / "published.gz"
+    published.write_bytes(content)
+    monkeypatch.setattr(data, "MERGES_URL", published.as_uri())
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    refuse(["https://", "another file", ".cache/clip", "learn:8000"], Tokenizer.clip)
-    monkeypatch.setattr(evaluation, "MERGES_SHA256", hashlib.sha256(content).hexdigest())
-    path = evaluation.find_merges()
+    refuse(["file://", "invalid hash", ".cache/clip", "learn:8000"], Tokenizer.clip)
+    assert not any((tmp_path / ".cache/clip").iterdir())  # no half of it is left
+    monkeypatch.setattr(data, "MERGES_SHA256", hashlib.sha256(content).hexdigest())
+    path = data.find_merges()
     assert path == str(tmp_path / ".cache/clip/bpe_simple_vocab_16e6.txt.gz")
-    assert evaluation.find_merges() == path and pathlib.Path(path).read_bytes() == content
-    assert len(calls) == 2 and not list(tmp_path.glob("**/*.tmp"))
+    published.unlink()
+    assert data.find_merges() == path and pathlib.Path(path).read_bytes() == content
     (tmp_path / "weights").mkdir()
     beside = tmp_path / "weights/bpe_simple_vocab_16e6.txt.gz"
     beside.write_bytes(content)
-    assert evaluation.find_merges(str(tmp_path / "weights/ViT-B-32.pt")) == str(beside)
-
-    def offline(url, timeout):
-        raise OSError("no network")
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    assert data.find_merges(str(tmp_path / "weights/ViT-B-32.pt")) == str(beside)
     os.remove(path)
-    refuse(["no network", "beside the weights"], evaluation.find_merges)
+    refuse(["can't load", "beside the weights"], data.find_merges)
 
 
 # ----------------------------------------------------------------------------------------- pictures

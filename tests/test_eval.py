@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 import eval as evaluation
-from data import BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES, Scenes
-from eval import Tokenizer
+from data import BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES, Scenes, Tokenizer
 from losses import OBJECTIVES, filip_similarity, sparc_loss
 from model import UserError, build
 

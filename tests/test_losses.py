@@ -1167,7 +1167,7 @@ def counted(function, name, which):
 def bytes_sent(f, one_sided, keep, gather_dtype):
     """What this process hands to all_gather and all_reduce, and gets from reduce_scatter."""
     sent = {"gathered": 0, "returned": 0, "agreed": 0}
-    watched = {"all_gather_into_tensor": ("gathered", 1), "reduce_scatter_tensor": ("returned", 0),
+    watched = {"all_gather": ("gathered", 1), "reduce_scatter": ("returned", 0),
                "all_reduce": ("agreed", 0)}
     plain = {function: getattr(dist, function) for function in watched}
     for function, (name, which) in watched.items():

@@ -18,8 +18,7 @@ import pytest
 import torch
 from PIL import Image
 import train
-from data import Batches, Scenes
-from eval import Tokenizer
+from data import Batches, Scenes, Tokenizer
 from model import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
