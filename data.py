@@ -5,7 +5,7 @@
     python data.py check photos/train.csv # read everything once and list what can't be used
 
 Covers: FILIP 3.1.2 (prompts, eq. 6) and 3.2 (several texts a picture), PyramidCLIP 3.1 to 3.3
-(summary, global and local view, object phrases, regions), SPARC 4.1; CLIP's tokeniser.
+(summary, global and local view, object phrases, regions), SPARC 4.1.
 
 Differs from the papers: they train on 15 million pairs (PyramidCLIP's ablations) to 6.1 billion
 (SPARC's three sets). `Scenes` draws its own pictures and knows all about them. Rules stand in for
@@ -22,10 +22,7 @@ import contextlib
 import csv
 import functools
 import glob
-import gzip
 import hashlib
-import heapq
-import html
 import io
 import itertools
 import json
@@ -33,12 +30,11 @@ import math
 import os
 import random
 import tarfile
-import ftfy
 import numpy as np
 import regex
 import torch
 from PIL import Image, ImageDraw, ImageOps, JpegImagePlugin, UnidentifiedImageError
-from model import UserError, write
+from model import Tokenizer, UserError, write  # all but UserError for those who look here
 
 # -------------------------------------------------------------------------------------- the scenes
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
@@ -390,16 +386,6 @@ class BadRow(UserError):
         return f"{self.where}: {self.reason}"
 
 
-def caption_fault(caption):
-    """What is wrong with a caption, or None."""
-    if not isinstance(caption, str) or not caption.strip():
-        return "is empty or no text"
-    if len(caption) > 5000:  # a mistake in the file
-        return f"is too long ({len(caption):,} characters)"
-    if BROKEN.search(caption):
-        return "has bytes that are no UTF-8 text, or NULs (save the file as UTF-8)"
-
-
 def as_row(where, cells):
     """The Row of a dict of cells, whichever of COLUMNS' names it uses."""
     image, captions = (next((cells[c] for c in names if c in cells), None) for names in COLUMNS)
@@ -408,10 +394,8 @@ def as_row(where, cells):
 
 
 def read_cells(lines, n, delimiter):
-    """(cells, number of lines) of the row that begins at lines[n]. Raises csv.Error. A quote that
-    is not closed spoils this line alone: a row has 20 lines at most, and one picture's name."""
-    if '"' not in lines[n]:
-        return lines[n].rstrip("\r\n").split(delimiter), 1
+    """(cells, number of lines) of the row that begins at lines[n]. Raises csv.Error. A row has 20
+    lines at most, and one picture's name: a quote that is not closed spoils its own line alone."""
     for end in range(n + 1, n + 21):
         try:
             return next(csv.reader(lines[n:end], delimiter=delimiter, strict=True)), end - n
@@ -441,7 +425,7 @@ def read_table(path):
             if any(map(str.strip, cells[len(names):])):
                 raise csv.Error(f"{len(cells)} cells in {len(names)} columns: put quotes around a "
                                 "caption that has commas")
-            if lines[n].strip():
+            if cells:
                 yield as_row(where, dict(zip(names, cells)))
         except csv.Error as e:
             yield BadRow(where, lines[n][:80].strip(), f"a broken row ({e})")
@@ -462,8 +446,7 @@ def read_records(where, records, make):
 def read_jsonl(path):
     """Rows of a text file with a JSON object in each line; "caption" may be a list."""
     def make(where, line):
-        if line.strip():
-            return as_row(where, json.loads(line))
+        return line.strip() and as_row(where, json.loads(line))
     with open(path, "rb") as f:
         yield from read_records(f"{path} line", f, make)
 
@@ -501,8 +484,7 @@ def read_karpathy(path, split):
         if image["split"] == split:
             name = os.path.join(image.get("filepath", ""), image["filename"])
             return Row(where, name, [sentence["raw"] for sentence in image["sentences"]])
-    [images] = load_json(path, "images")
-    yield from read_records(f"{path} image", images, make)
+    return read_records(f"{path} image", *load_json(path, "images"), make)
 
 
 def read_bytes(path, offset=0, size=-1):
@@ -529,13 +511,13 @@ def read_folder(folder):
     texts = {p: os.path.splitext(p)[0] + ".txt" for p in pictures}
     beside = not set(files).isdisjoint(texts.values())
     for p in pictures:
-        row, text = Row(os.path.join(folder, p), p, []), os.path.join(folder, texts[p])
         label = os.path.dirname(p).split(os.sep)[0].replace("_", " ")
-        if beside and os.path.isfile(text):
-            row = row._replace(captions=split_lines(read_bytes(text)))
-        elif label and not beside:
-            row = row._replace(captions=filip_prompts(label, ["a photo of a"]), label=label)
-        yield row
+        if beside:
+            text, label = os.path.join(folder, texts[p]), None
+            captions = split_lines(read_bytes(text)) if os.path.isfile(text) else []
+        else:
+            captions = filip_prompts(label, ["a photo of a"]) if label else []
+        yield Row(os.path.join(folder, p), p, captions, label=label or None)
 
 
 def expand(pattern):
@@ -550,14 +532,13 @@ def expand(pattern):
 
 def index_shard(path):
     """-> {stem: {extension: (path, offset, size)}} of a tar file, and what is wrong with it."""
-    samples, fault = {}, "its end is missing or damaged"
+    samples, fault = collections.defaultdict(dict), "its end is missing or damaged"
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 stem, extension = os.path.splitext(member.name)
                 if member.isfile() and member.offset_data + member.size <= os.path.getsize(path):
-                    place = path, member.offset_data, member.size
-                    samples.setdefault(stem, {})[extension.lower()] = place
+                    samples[stem][extension.lower()] = path, member.offset_data, member.size
                 tar.members = []  # it keeps them all otherwise
             if read_bytes(path, tar.offset, 512) == bytes(512):
                 fault = ""
@@ -585,6 +566,12 @@ def read_shards(paths):
             yield Row(path, f"{shard}/{stem}{extension}", captions, place=files.get(extension))
 
 
+@functools.lru_cache(8)
+def open_regions(path, process):
+    """An .npz file; each process opens it for itself."""
+    return np.load(path)
+
+
 class Pairs:
     """Pictures with their captions, from the rows of a reader. Rows of the same picture, or of the
     same image_id, are its several captions. Paths are relative to a folder, that of the file.
@@ -592,44 +579,28 @@ class Pairs:
     grass", of which an image's first row counts), and regions is an .npz file with an array
     (M, 2052) for each image, by its path in the file: the detector's 2,048 features of a region and
     its box x1, y1, x2, y2 in 0..1, the surest first.
+    rows: the first Row of each picture, with its path. captions: [text] of each picture.
     bad: [BadRow], what had to be left out. classes: names of class folders, or None.
     """
     def __init__(self, path, rows, folder, regions=None):
-        self.regions, self.archives, self.bad, self.labels = regions, {}, [], []
         self.folder = os.path.join(os.path.abspath(folder), "")  # with a stroke at its end
-        self.images, self.wheres, self.captions, self.objects = [], [], [], []  # one a picture
-        self.places, self.summaries = [], {}  # (number of the picture, caption) -> summary
-        index = {}  # name or (id,) of a picture -> its number
+        self.rows, self.captions, self.bad, self.regions = [], [], [], regions
+        self.summaries, index = {}, {}  # (number, caption) -> summary; name or (id,) -> number
         for row in rows:
             try:
                 self.add(row, index)
             except BadRow as e:
                 self.bad.append(e)
-        if not self.images:
+        if not self.rows:
             first = f": the first of {len(self.bad)} bad rows is {self.bad[0]}" if self.bad else ""
             raise UserError(f"{path} has no pair that can be used{first}")
-        self.classes = sorted(set(self.labels) - {None}) or None
+        self.images = [row.image for row in self.rows]
+        self.classes = sorted({row.label for row in self.rows} - {None}) or None
         if regions:
-            try:
-                self.keys = {self.normal(name): name for name in self.open_regions().files}
-            except Exception as e:  # numpy raises many kinds on a damaged file
-                raise UserError(f"can't read {regions} as an .npz file of regions: write it with "
-                                f"numpy.savez ({type(e).__name__})") from None
-            missing = [name for name in self.images if name not in self.keys]
-            if missing:
-                raise UserError(f"{regions} has no regions of {missing[0]} ({len(missing)} of "
-                                f"{len(self)} pictures are missing): the column image names them")
-            self.views(0, None, self.captions[0][0])
+            self.check_regions()
 
     def __len__(self):
-        return len(self.images)
-
-    def __getstate__(self):
-        return self.__dict__ | {"archives": {}}  # open files can't go to another process
-
-    def normal(self, name):
-        """One spelling for a path: no blanks around, no ./, and relative where it can be."""
-        return os.path.normpath(name.strip()).removeprefix(self.folder)
+        return len(self.rows)
 
     def add(self, row, index):
         """Take a row in. Raises BadRow if nothing of it can be used."""
@@ -637,17 +608,17 @@ class Pairs:
             raise row
         if not isinstance(row.image, str) or not row.image.strip():
             raise BadRow(row.where, "", "the name of the picture is empty or no text")
-        name = self.normal(row.image)
-        good = self.good_captions(row, name)
-        if good:
+        name = os.path.normpath(row.image.strip()).removeprefix(self.folder)  # one spelling
+        captions = self.good_captions(row, name)
+        if captions:
             key = name if row.id in (None, "") else (str(row.id),)
             i = index.get(name, index.get(key))
             if i is None:
                 i = self.add_picture(row, name)
             index[name] = index[key] = i
-            self.captions[i] += good
+            self.captions[i] += captions
             if row.summary and isinstance(row.summary, str):
-                self.summaries.setdefault((i, good[0]), row.summary.strip())
+                self.summaries.setdefault((i, captions[0]), row.summary.strip())
 
     def good_captions(self, row, name):
         """The captions of a row that can be used; the others go into bad."""
@@ -655,7 +626,13 @@ class Pairs:
         if not isinstance(captions, list):
             captions = [captions]
         for caption in captions or [""]:
-            fault = caption_fault(caption)
+            fault = None
+            if not isinstance(caption, str) or not caption.strip():
+                fault = "is empty or no text"
+            elif len(caption) > 5000:  # a mistake in the file
+                fault = f"is too long ({len(caption):,} characters)"
+            elif BROKEN.search(caption):
+                fault = "has bytes that are no UTF-8 text, or NULs (save the file as UTF-8)"
             if fault:
                 self.bad.append(BadRow(row.where, name, f"the caption of {name} {fault}"))
             else:
@@ -663,19 +640,17 @@ class Pairs:
         return good
 
     def add_picture(self, row, name):
-        """The number of a new picture. Raises BadRow if it is not there."""
+        """The number of a new picture. Raises BadRow if it can't be used."""
+        path, first = os.path.join(self.folder, name), self.rows[0] if self.rows else row
         if row.objects is not None and not str(row.objects).strip():
             raise BadRow(row.where, name, f"objects of {name} is empty")
-        path = os.path.join(self.folder, name)
+        if (row.objects is None) != (first.objects is None):
+            raise BadRow(row.where, name, f"{name} and the first picture do not both have objects")
         if not row.place and not os.path.isfile(path):
             raise BadRow(row.where, name, f"there is no {name} (paths start at {self.folder}: see "
                                           "--images)")
-        self.images.append(name)
-        self.wheres.append(row.where)
-        self.labels.append(row.label)
-        self.places.append(row.place or (path,))
+        self.rows.append(row._replace(image=name, place=row.place or (path,)))
         self.captions.append([])
-        self.objects.append(row.objects)
         return len(self) - 1
 
     def fingerprint(self):
@@ -688,30 +663,39 @@ class Pairs:
     def label(self, i):
         """The number of picture i's class in .classes, or None."""
         if self.classes:
-            return self.classes.index(self.labels[i])
+            return self.classes.index(self.rows[i].label)
 
-    def open_regions(self):
-        process = os.getpid()  # each process opens the file for itself
-        if process not in self.archives:
-            self.archives[process] = np.load(self.regions)
-        return self.archives[process]
+    def check_regions(self):
+        """Raises UserError unless the file of regions has each picture."""
+        open_regions.cache_clear()  # the file may be another one by now
+        try:
+            keys = open_regions(self.regions, os.getpid()).files
+        except Exception as e:  # numpy raises many kinds on a damaged file
+            raise UserError(f"can't read {self.regions} as an .npz file of regions: write it with "
+                            f"numpy.savez ({type(e).__name__})") from None
+        self.keys = {os.path.normpath(key).removeprefix(self.folder): key for key in keys}
+        missing = [name for name in self.images if name not in self.keys]
+        if missing:
+            raise UserError(f"{self.regions} has no regions of {missing[0]} ({len(missing)} of "
+                            f"{len(self)} pictures are missing): the column image names them")
+        self.views(0, None, self.captions[0][0])
 
     def views(self, i, image, caption):
         """PyramidCLIP's T_S, T_OA, R -> {"summary" str, "objects" str, "regions" (M, 2052)}, the
         latter two if the data has them. The summary is the caption's own, or else its first clause:
         all before a comma, full stop, "and", "with" or the like, from the third word on."""
         out = {"summary": self.summaries.get((i, caption)) or CLAUSE.match(caption)[0].strip()}
-        if self.objects[i]:
-            out["objects"] = self.objects[i]
+        where, name, objects = self.rows[i].where, self.images[i], self.rows[i].objects
+        if objects is not None:
+            out["objects"] = str(objects)
         if self.regions:
-            name = self.images[i]
             try:
-                x = self.open_regions()[self.keys[name]].astype(np.float32)
+                x = open_regions(self.regions, os.getpid())[self.keys[name]].astype(np.float32)
                 if x.ndim != 2 or x.shape[1] != 2052 or not len(x):
                     raise ValueError(f"they are {x.shape}; (M, 2052) is needed")
             except Exception as e:  # numpy raises many kinds
                 reason = f"can't read the regions of {name} ({self.regions}: {e})"
-                raise BadRow(self.wheres[i], name, reason) from None
+                raise BadRow(where, name, reason) from None
             out["regions"] = x
         return out
 
@@ -729,11 +713,11 @@ class Pairs:
 
     def open(self, i, size=None):
         """Picture i, see open_image. BadRow if it can't be read."""
-        name = self.images[i]
+        row = self.rows[i]
         try:
-            return open_image(read_bytes(*self.places[i]), size, name)
+            return open_image(read_bytes(*row.place), size, row.image)
         except (UserError, OSError) as e:
-            raise BadRow(self.wheres[i], name, str(e)) from None
+            raise BadRow(row.where, row.image, str(e)) from None
 
 
 def open_dataset(path, regions=None, images=None):
@@ -771,13 +755,15 @@ def start_image(content):
     return Image.open(file)
 
 
-def open_image(source, size=None, name=None):
+def open_image(source, size=None, name="the bytes"):
     """A picture, from a path or bytes, in RGB as a person sees it: turned as its EXIF says, on
     white where it is transparent, of an animation the first frame. Sides may be scaled down, but no
     further than to size (512). Whatever is wrong with the file becomes a UserError."""
     side, limit = size or 512, Image.MAX_IMAGE_PIXELS
     try:
-        im = start_image(source if isinstance(source, bytes) else read_bytes(source))
+        if not isinstance(source, bytes):
+            name, source = source, read_bytes(source)
+        im = start_image(source)
         im.draft("RGB", (side, side))  # JPEGs are decoded no larger than needed
         if limit and not 0 < im.width * im.height <= limit:
             raise Image.DecompressionBombError
@@ -791,9 +777,7 @@ def open_image(source, size=None, name=None):
         why = "cannot identify the file as a picture"
     except Exception as e:  # Pillow's readers raise nearly anything on a damaged file
         why = f"{type(e).__name__}: {shown(e)}"
-    if isinstance(source, bytes):
-        source = "the bytes"
-    raise UserError(f"can't read {name or source} as a picture ({why}); replace it or take it out")
+    raise UserError(f"can't read {name} as a picture ({why}); replace it or take it out")
 
 
 def as_rgb(im):
@@ -811,169 +795,6 @@ def as_rgb(im):
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im.convert("RGB")
-
-
-# ---------------------------------------------------------------------------------- the tokeniser
-BOS, EOT = "<|startoftext|>", "<|endoftext|>"
-WORDS = regex.compile(  # the published pattern
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
-    regex.IGNORECASE)
-MARKED_WORDS = regex.compile(  # of learned vocabularies: vowel signs and the like belong to a word
-    WORDS.pattern.replace(r"\p{L}+", r"\p{L}[\p{L}\p{M}\u200c\u200d]*"), regex.IGNORECASE)
-MERGES = "bpe_simple_vocab_16e6.txt.gz"
-MERGES_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/" + MERGES
-MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-PRINTABLE = [b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)]
-OTHERS = [b for b in range(256) if b not in PRINTABLE]  # these 68 move to code points from 256 on
-BYTES = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(OTHERS)}
-
-
-def clean(text):
-    """CLIP's cleaning: repair unicode, undo HTML escapes twice, fold white space, lower case."""
-    if "&" in text or not (text.isascii() and text.isprintable()):  # ftfy is slow, so not for all
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
-
-
-def find_merges(weights=None):
-    """The path of CLIP's merges file: here, beside the weights, in ~/.cache/clip, or else loaded
-    from its published address into this folder, once. UserError if that fails."""
-    cache = os.path.join(os.path.expanduser("~"), ".cache", "clip")
-    for folder in (".", os.path.dirname(weights or ""), cache):
-        path = os.path.join(folder, MERGES)
-        if os.path.isfile(path):
-            return path
-    try:
-        os.makedirs(cache, exist_ok=True)
-        torch.hub.download_url_to_file(MERGES_URL, path, MERGES_SHA256)
-    except (OSError, RuntimeError) as e:  # no network; not the file with this hash
-        raise UserError(f"can't load CLIP's merges file from {MERGES_URL} ({e}): put it into "
-                        f"{cache} or beside the weights, or use --vocab learn:8000") from None
-    return path
-
-
-class Tokenizer:
-    """CLIP's byte-pair encoding, for any text. The vocabulary is 256 bytes, 256 bytes that end a
-    word, one symbol for each merge, BOS, and EOT, which is always the last id.
-    merges: list of "a b" strings, the most important first."""
-    def __init__(self, merges):
-        self.merges = list(merges)
-        self.words = WORDS if len(self.merges) == 48894 else MARKED_WORDS
-        pairs = [tuple(m.split()) for m in self.merges]
-        self.symbols = [*BYTES.values(), *(c + "</w>" for c in BYTES.values()),
-                        *("".join(pair) for pair in pairs), BOS, EOT]
-        self.vocab_size = len(self.symbols)
-        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
-        self.rank = {pair: i for i, pair in enumerate(pairs)}
-        self.bos, self.eot = self.vocab_size - 2, self.vocab_size - 1
-        self.cache = {BOS: [self.bos], EOT: [self.eot]}
-
-    @classmethod
-    def clip(cls, path=None, weights=None):
-        """The published vocabulary of 49,408 entries, from a file or from where find_merges finds
-        it. UserError if it is not in the file."""
-        if path in (None, "clip", MERGES):
-            path = find_merges(weights)
-        opener = gzip.open if str(path).endswith(".gz") else open
-        try:
-            with opener(path, "rt", encoding="utf-8") as f:
-                merges = f.read().split("\n")[1:1 + 48894]  # after a note; CLIP ignores the rest
-        except (OSError, EOFError, UnicodeDecodeError) as e:
-            raise UserError(
-                f"can't read CLIP's merges file {path} ({e}): take bpe_simple_vocab_16e6.txt.gz "
-                "from the repository openai/CLIP, or use --vocab learn:8000") from None
-        if len(merges) != 48894 or any(len(m.split()) != 2 for m in merges):
-            raise UserError(f"{path} is not CLIP's merges file of 48,894 pairs of symbols")
-        return cls(merges)
-
-    @classmethod
-    def train(cls, texts, vocab_size):
-        """Learn at most vocab_size entries from an iterable of texts. The most frequent pair is
-        merged first, of equal ones the first in the alphabet. UserError if there are too few."""
-        if vocab_size < 514:
-            raise UserError(f"a vocabulary has bytes and marks, at least 514, not {vocab_size}")
-        counts = collections.Counter(w for text in texts for w in MARKED_WORDS.findall(clean(text)))
-        words = [(cls.split(w), n) for w, n in sorted(counts.items()) if w not in (BOS, EOT)]
-        frequency = collections.Counter()  # of each pair of symbols
-        where = collections.defaultdict(set)  # pair -> numbers of the words that may have it
-
-        def count(k, symbols, n):
-            for pair in zip(symbols, symbols[1:]):
-                frequency[pair] += n
-                where[pair].add(k)
-        for k, (symbols, n) in enumerate(words):
-            count(k, symbols, n)
-        merges, heap = [], [(-n, pair) for pair, n in frequency.items()]
-        heapq.heapify(heap)
-        while len(merges) < vocab_size - 514 and heap:  # no heap: every word is one symbol
-            minus_n, best = heapq.heappop(heap)
-            if minus_n == 0 or -minus_n != frequency[best]:  # its count has changed since
-                continue
-            merges.append(" ".join(best))
-            changed = set()
-            for k in where.pop(best):
-                symbols, n = words[k]
-                merged = cls.merge(symbols, best)
-                words[k] = merged, n
-                count(k, symbols, -n)
-                count(k, merged, n)
-                changed.update(zip(symbols, symbols[1:]), zip(merged, merged[1:]))
-            for pair in changed:
-                heapq.heappush(heap, (-frequency[pair], pair))
-        return cls(merges)
-
-    @staticmethod
-    def split(word):
-        symbols = [BYTES[b] for b in word.encode("utf-8")]
-        return symbols[:-1] + [symbols[-1] + "</w>"]
-
-    @staticmethod
-    def merge(symbols, pair):
-        """The list with each occurrence of the pair made one symbol, from left to right."""
-        out = []
-        for symbol in symbols:
-            if out and (out[-1], symbol) == pair:
-                out[-1] += symbol
-            else:
-                out.append(symbol)
-        return out
-
-    def bpe(self, word):
-        """Ids of one word (a match of self.words)."""
-        if word not in self.cache:
-            symbols = self.split(word)
-            while len(symbols) > 1:
-                pair = min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, 1e9))
-                if pair not in self.rank:
-                    break
-                symbols = self.merge(symbols, pair)
-            self.cache[word] = [self.ids[s] for s in symbols]
-        return self.cache[word]
-
-    def encode(self, text):
-        """Ids of a text, without BOS and EOT."""
-        return [i for word in self.words.findall(clean(text)) for i in self.bpe(word)]
-
-    def __call__(self, texts, context_length=77):
-        """A string or a list -> ids (N, L) int64, padded with 0, and mask (N, L) bool, L =
-        context_length: of a longer text the first L - 1 ids remain, and EOT. The mask is True up to
-        the first EOT. It is made from lengths, because id 0 is also the token "!"."""
-        texts = [texts] if isinstance(texts, str) else texts
-        ids = np.zeros((len(texts), context_length), dtype=np.int64)
-        mask = np.zeros((len(texts), context_length), dtype=bool)
-        for n, text in enumerate(texts):
-            row = [self.bos, *self.encode(text)][:context_length - 1] + [self.eot]
-            ids[n, :len(row)] = row
-            mask[n, :row.index(self.eot) + 1] = True
-        return torch.from_numpy(ids), torch.from_numpy(mask)
-
-    def decode(self, ids):
-        """Ids -> text. BOS, EOT and what follows EOT are dropped."""
-        ids = [*map(int, ids), self.eot]
-        symbols = [self.symbols[i] for i in ids[:ids.index(self.eot)] if i != self.bos]
-        text = "".join(symbols).replace("</w>", " ")
-        byte = {character: b for b, character in BYTES.items()} | {" ": ord(" ")}
-        return bytes(byte[c] for c in text).decode("utf-8", errors="replace").strip()
 
 
 def word_tokens(tok, words):

@@ -76,7 +76,7 @@ def inspect(pairs, i):
         pairs.open(i, 64)
     except BadRow as e:
         return e
-    content = read_bytes(*pairs.places[i])
+    content = read_bytes(*pairs.rows[i].place)
     return *start_image(content).size, hashlib.sha256(content).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Model: the image towers (ViT and ResNet), the text tower, and OpenAI CLIP's weights.
+"""Model: the image towers (ViT, ResNet), the text tower, CLIP's tokeniser, OpenAI's weights.
 
     python model.py                      # every model: its name, sizes and number of parameters
     python model.py --model ViT-B/32     # one model: the names and shapes of its parameters
@@ -32,11 +32,14 @@ PACL, which SPARC compares with: e_v is written from others' descriptions, not f
 `tiny` is ours: two layers of SPARC's towers, for CPUs and the built-in scenes.
 """
 import argparse
+import gzip
+import heapq
+import html
 import math
 import os
 import pickle
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from typing import NamedTuple
 import torch
 import torch.nn as nn
@@ -527,6 +530,174 @@ def build(name, **overrides):
     if c.patches_through_h and c.pool == "cls":
         raise UserError("patches_through_h needs pool='mean': no other tower has the layer h_v")
     return CLIP(**c._asdict())
+
+
+# ---------------------------------------------------------------------------------- the tokeniser
+BOS, EOT = "<|startoftext|>", "<|endoftext|>"
+WORDS = (  # the published pattern, for the package regex
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+# of learned vocabularies: vowel signs and the like belong to a word
+MARKED_WORDS = WORDS.replace(r"\p{L}+", r"\p{L}[\p{L}\p{M}\u200c\u200d]*")
+MERGES = "bpe_simple_vocab_16e6.txt.gz"
+MERGES_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/" + MERGES
+MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+PRINTABLE = [b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]  # these 68 move to code points from 256 on
+BYTES = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(OTHERS)}
+
+
+def clean(text):
+    """CLIP's cleaning: repair unicode, undo HTML escapes twice, fold white space, lower case."""
+    if "&" in text or not (text.isascii() and text.isprintable()):  # ftfy is slow, so not for all
+        import ftfy
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def word_pattern(text):
+    """WORDS or MARKED_WORDS, compiled."""
+    import regex
+    return regex.compile(text, regex.IGNORECASE)
+
+
+def find_merges(weights=None):
+    """The path of CLIP's merges file: here, beside the weights, in ~/.cache/clip, or else loaded
+    from its published address into this folder, once. UserError if that fails."""
+    cache = os.path.join(os.path.expanduser("~"), ".cache", "clip")
+    for folder in (".", os.path.dirname(weights or ""), cache):
+        path = os.path.join(folder, MERGES)
+        if os.path.isfile(path):
+            return path
+    try:
+        os.makedirs(cache, exist_ok=True)
+        torch.hub.download_url_to_file(MERGES_URL, path, MERGES_SHA256)
+    except (OSError, RuntimeError) as e:  # no network; not the file with this hash
+        raise UserError(f"can't load CLIP's merges file from {MERGES_URL} ({e}): put it into "
+                        f"{cache} or beside the weights, or use --vocab learn:8000") from None
+    return path
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding, for any text. The vocabulary is 256 bytes, 256 bytes that end a
+    word, one symbol for each merge, BOS, and EOT, which is always the last id.
+    merges: list of "a b" strings, the most important first."""
+    def __init__(self, merges):
+        self.merges = list(merges)
+        self.words = word_pattern(WORDS if len(self.merges) == 48894 else MARKED_WORDS)
+        pairs = [tuple(m.split()) for m in self.merges]
+        self.symbols = [*BYTES.values(), *(c + "</w>" for c in BYTES.values()),
+                        *("".join(pair) for pair in pairs), BOS, EOT]
+        self.vocab_size = len(self.symbols)
+        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+        self.rank = {pair: i for i, pair in enumerate(pairs)}
+        self.bos, self.eot = self.vocab_size - 2, self.vocab_size - 1
+        self.cache = {BOS: [self.bos], EOT: [self.eot]}
+
+    @classmethod
+    def clip(cls, path=None, weights=None):
+        """The published vocabulary of 49,408 entries, from a file or from where find_merges finds
+        it. UserError if it is not in the file."""
+        if path in (None, "clip", MERGES):
+            path = find_merges(weights)
+        opener = gzip.open if str(path).endswith(".gz") else open
+        try:
+            with opener(path, "rt", encoding="utf-8") as f:
+                merges = f.read().split("\n")[1:1 + 48894]  # after a note; CLIP ignores the rest
+        except (OSError, EOFError, UnicodeDecodeError) as e:
+            raise UserError(
+                f"can't read CLIP's merges file {path} ({e}): take bpe_simple_vocab_16e6.txt.gz "
+                "from the repository openai/CLIP, or use --vocab learn:8000") from None
+        if len(merges) != 48894 or any(len(m.split()) != 2 for m in merges):
+            raise UserError(f"{path} is not CLIP's merges file of 48,894 pairs of symbols")
+        return cls(merges)
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Learn at most vocab_size entries from an iterable of texts. The most frequent pair is
+        merged first, of equal ones the first in the alphabet. UserError if there are too few."""
+        if vocab_size < 514:
+            raise UserError(f"a vocabulary has bytes and marks, at least 514, not {vocab_size}")
+        pattern = word_pattern(MARKED_WORDS)
+        counts = Counter(word for text in texts for word in pattern.findall(clean(text)))
+        words = [(cls.split(w), n) for w, n in sorted(counts.items()) if w not in (BOS, EOT)]
+        frequency = Counter()  # of each pair of symbols
+        where = defaultdict(set)  # pair -> numbers of the words that may have it
+
+        def count(k, symbols, n):
+            for pair in zip(symbols, symbols[1:]):
+                frequency[pair] += n
+                where[pair].add(k)
+        for k, (symbols, n) in enumerate(words):
+            count(k, symbols, n)
+        merges, heap = [], [(-n, pair) for pair, n in frequency.items()]
+        heapq.heapify(heap)
+        while len(merges) < vocab_size - 514 and heap:  # no heap: every word is one symbol
+            minus_n, best = heapq.heappop(heap)
+            if minus_n == 0 or -minus_n != frequency[best]:  # its count has changed since
+                continue
+            merges.append(" ".join(best))
+            changed = set()
+            for k in where.pop(best):
+                symbols, n = words[k]
+                merged = cls.merge(symbols, best)
+                words[k] = merged, n
+                count(k, symbols, -n)
+                count(k, merged, n)
+                changed.update(zip(symbols, symbols[1:]), zip(merged, merged[1:]))
+            for pair in changed:
+                heapq.heappush(heap, (-frequency[pair], pair))
+        return cls(merges)
+
+    @staticmethod
+    def split(word):
+        symbols = [BYTES[b] for b in word.encode("utf-8")]
+        return symbols[:-1] + [symbols[-1] + "</w>"]
+
+    @staticmethod
+    def merge(symbols, pair):
+        """The list with each occurrence of the pair made one symbol, from left to right."""
+        out = []
+        for symbol in symbols:
+            if out and (out[-1], symbol) == pair:
+                out[-1] += symbol
+            else:
+                out.append(symbol)
+        return out
+
+    def bpe(self, word):
+        """Ids of one word (a match of self.words)."""
+        if word not in self.cache:
+            symbols = self.split(word)
+            while len(symbols) > 1:
+                pair = min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, 1e9))
+                if pair not in self.rank:
+                    break
+                symbols = self.merge(symbols, pair)
+            self.cache[word] = [self.ids[s] for s in symbols]
+        return self.cache[word]
+
+    def encode(self, text):
+        """Ids of a text, without BOS and EOT."""
+        return [i for word in self.words.findall(clean(text)) for i in self.bpe(word)]
+
+    def __call__(self, texts, context_length=77):
+        """A string or a list -> ids (N, L) int64, padded with 0, and mask (N, L) bool, L =
+        context_length: of a longer text the first L - 1 ids remain, and EOT. The mask is True up to
+        the first EOT. It is made from lengths, because id 0 is also the token "!"."""
+        texts = [texts] if isinstance(texts, str) else texts
+        L = context_length
+        rows = [[self.bos, *self.encode(text)][:L - 1] + [self.eot] for text in texts]
+        lengths = torch.tensor([row.index(self.eot) + 1 for row in rows], dtype=torch.int64)
+        ids = torch.tensor([row + [0] * (L - len(row)) for row in rows], dtype=torch.int64)
+        return ids.view(-1, L), torch.arange(L) < lengths[:, None]
+
+    def decode(self, ids):
+        """Ids -> text. BOS, EOT and what follows EOT are dropped."""
+        ids = [*map(int, ids), self.eot]
+        symbols = [self.symbols[i] for i in ids[:ids.index(self.eot)] if i != self.bos]
+        text = "".join(symbols).replace("</w>", " ")
+        byte = {character: b for b, character in BYTES.items()} | {" ": ord(" ")}
+        return bytes(byte[c] for c in text).decode("utf-8", errors="replace").strip()
 
 
 # ------------------------------------------------------------------------------- OpenAI's weights

@@ -25,9 +25,9 @@ import sys
 import torch
 from PIL import Image, ImageDraw, ImageFont
 import eval as evaluation
-from data import BadRow, Scenes, Word, clean, fit, open_dataset, open_image, word_tokens
+from data import BadRow, Scenes, Word, fit, open_dataset, open_image, word_tokens
 from losses import OBJECTIVES, sparc_alignment
-from model import DEVICES, UserError, pick_device, write
+from model import DEVICES, UserError, clean, pick_device, write
 
 SIDE, MARGIN, LINE = 280, 10, 22  # pixels: of one panel, between panels, of one line of text
 COLUMNS = 6  # panels side by side

@@ -31,15 +31,16 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import model
 from data import (
-    BACKGROUNDS, BOS, BYTES, COLOURS, EOT, FILLS, HELD_OUT, MEAN, SHAPES, SIZES, STD, WORDS,
-    BadRow, Batches, Scenes, Tokenizer, center_crop, clean, expand, filip_prompts, fit, join,
-    normalize, open_dataset, open_image, random_crop, random_window, word_tokens)
+    BACKGROUNDS, COLOURS, FILLS, HELD_OUT, MEAN, SHAPES, SIZES, STD, BadRow, Batches, Scenes,
+    Tokenizer, center_crop, expand, filip_prompts, fit, join, normalize, open_dataset, open_image,
+    random_crop, random_window, word_tokens)
 from eval import sparc_prompts
-from model import UserError
+from model import BOS, BYTES, EOT, UserError, clean, word_pattern
 
 HERE = pathlib.Path(__file__).parent.parent
+WORDS = word_pattern(model.WORDS)
 PLAIN = Tokenizer([])  # bytes only: every letter is a token
 TEXT = ("the cat sat on the mat, the cats sat; aaaa aaa banana bananas -- that hat! "
         "ça coûte 12 €")
@@ -849,7 +850,7 @@ def test_a_cut_shard_loses_only_what_was_cut(tmp_path):
     write_shards(tmp_path, captions, 1)
     path = tmp_path / "shards/000.tar"
     content, whole = path.read_bytes(), open_dataset(path)
-    shard, offset, size = whole.places[5]
+    shard, offset, size = whole.rows[5].place
     path.write_bytes(content[:offset + size // 2])
     pairs = open_dataset(path)
     assert pairs.images == whole.images[:5] and pairs.captions == whole.captions[:5]
@@ -943,32 +944,32 @@ def test_marks_belong_to_words_in_learned_vocabularies():
     nine = "कुत्ता हिंदी में पानी की किताब के नीचे है"
     learned = Tokenizer.train([nine] * 3, 5000)
     assert len(learned.encode(nine)) == 9 and learned.decode(learned.encode(nine)) == nine
-    assert len(data.WORDS.findall(nine)) > 20  # the published pattern cuts at each mark
+    assert len(WORDS.findall(nine)) > 20  # the published pattern cuts at each mark
     published = Tokenizer([f"q{i} z" for i in range(48894)])
-    assert published.words is data.WORDS and published.decode(published.encode(nine)) != nine
+    assert published.words == WORDS and published.decode(published.encode(nine)) != nine
     for text in ("กินน้ำ", "مُحَمَّد", "❤️ it's 👩‍🚀"):
-        assert "".join(data.MARKED_WORDS.findall(text)) == text.replace(" ", "")
+        assert "".join(learned.words.findall(text)) == text.replace(" ", "")
 
 
 def test_the_merges_file_is_found_or_loaded_once(tmp_path, monkeypatch):
     content, published = b"published", tmp_path / "published.gz"
     published.write_bytes(content)
-    monkeypatch.setattr(data, "MERGES_URL", published.as_uri())
+    monkeypatch.setattr(model, "MERGES_URL", published.as_uri())
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     refuse(["file://", "invalid hash", ".cache/clip", "learn:8000"], Tokenizer.clip)
     assert not any((tmp_path / ".cache/clip").iterdir())  # no half of it is left
-    monkeypatch.setattr(data, "MERGES_SHA256", hashlib.sha256(content).hexdigest())
-    path = data.find_merges()
+    monkeypatch.setattr(model, "MERGES_SHA256", hashlib.sha256(content).hexdigest())
+    path = model.find_merges()
     assert path == str(tmp_path / ".cache/clip/bpe_simple_vocab_16e6.txt.gz")
     published.unlink()
-    assert data.find_merges() == path and pathlib.Path(path).read_bytes() == content
+    assert model.find_merges() == path and pathlib.Path(path).read_bytes() == content
     (tmp_path / "weights").mkdir()
     beside = tmp_path / "weights/bpe_simple_vocab_16e6.txt.gz"
     beside.write_bytes(content)
-    assert data.find_merges(str(tmp_path / "weights/ViT-B-32.pt")) == str(beside)
+    assert model.find_merges(str(tmp_path / "weights/ViT-B-32.pt")) == str(beside)
     os.remove(path)
-    refuse(["can't load", "beside the weights"], data.find_merges)
+    refuse(["can't load", "beside the weights"], model.find_merges)
 
 
 # ----------------------------------------------------------------------------------------- pictures
