@@ -45,7 +45,7 @@ from tqdm import tqdm
 from data import COLOURS, SHAPES, BadRow, Scenes, Tokenizer, center_crop, normalize, open_dataset
 from data import read_bytes, start_image, to_tensor, word_tokens
 from losses import DTYPES, OBJECTIVES, unit
-from model import CLIP, DEVICES, UserError, pick_device, write
+from model import CLIP, DEVICES, UserError, clean, pick_device, write
 
 
 def sparc_prompts(label, prefixes, suffixes=("",)):
