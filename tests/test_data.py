@@ -22,7 +22,6 @@ import random
 import subprocess
 import sys
 import tarfile
-import urllib.request
 import zlib
 
 import ftfy
