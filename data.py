@@ -579,7 +579,7 @@ class Pairs:
     grass", of which an image's first row counts), and regions is an .npz file with an array
     (M, 2052) for each image, by its path in the file: the detector's 2,048 features of a region and
     its box x1, y1, x2, y2 in 0..1, the surest first.
-    rows: the first Row of each picture, with its path. captions: [text] of each picture.
+    rows: the first Row of each picture. captions: its texts, [str] for each picture.
     bad: [BadRow], what had to be left out. classes: names of class folders, or None.
     """
     def __init__(self, path, rows, folder, regions=None):
@@ -641,15 +641,15 @@ class Pairs:
 
     def add_picture(self, row, name):
         """The number of a new picture. Raises BadRow if it can't be used."""
-        path, first = os.path.join(self.folder, name), self.rows[0] if self.rows else row
+        first = self.rows[0] if self.rows else row
         if row.objects is not None and not str(row.objects).strip():
             raise BadRow(row.where, name, f"objects of {name} is empty")
         if (row.objects is None) != (first.objects is None):
             raise BadRow(row.where, name, f"{name} and the first picture do not both have objects")
-        if not row.place and not os.path.isfile(path):
+        if not row.place and not os.path.isfile(os.path.join(self.folder, name)):
             raise BadRow(row.where, name, f"there is no {name} (paths start at {self.folder}: see "
                                           "--images)")
-        self.rows.append(row._replace(image=name, place=row.place or (path,)))
+        self.rows.append(row._replace(image=name, captions=None))
         self.captions.append([])
         return len(self) - 1
 
@@ -711,11 +711,16 @@ class Pairs:
         captions = self.captions[i]
         return self.open(i, size), pick(captions, r) if r else captions[0]
 
+    def read(self, i):
+        """The bytes of picture i's file."""
+        row = self.rows[i]
+        return read_bytes(*(row.place or [os.path.join(self.folder, row.image)]))
+
     def open(self, i, size=None):
         """Picture i, see open_image. BadRow if it can't be read."""
         row = self.rows[i]
         try:
-            return open_image(read_bytes(*row.place), size, row.image)
+            return open_image(self.read(i), size, row.image)
         except (UserError, OSError) as e:
             raise BadRow(row.where, row.image, str(e)) from None
 

@@ -43,7 +43,7 @@ import pathlib
 import torch
 from tqdm import tqdm
 from data import COLOURS, SHAPES, BadRow, Scenes, Tokenizer, center_crop, normalize, open_dataset
-from data import read_bytes, start_image, to_tensor, word_tokens
+from data import start_image, to_tensor, word_tokens
 from losses import DTYPES, OBJECTIVES, unit
 from model import CLIP, DEVICES, UserError, clean, pick_device, write
 
@@ -76,7 +76,7 @@ def inspect(pairs, i):
         pairs.open(i, 64)
     except BadRow as e:
         return e
-    content = read_bytes(*pairs.rows[i].place)
+    content = pairs.read(i)
     return *start_image(content).size, hashlib.sha256(content).hexdigest()
 
 

@@ -7,7 +7,7 @@ Each input is a good small data set of one kind that is then damaged by lot: byt
 or put in, lines doubled, shuffled or in another encoding, pictures cut or replaced. Allowed is: one
 sentence (UserError) for the whole if nothing of it is whole, or pairs. Then each sample that was
 not damaged has to be there with its own pixels and caption, and each one that was damaged has to be
-there, or named among the bad rows.
+there, or named among the bad rows. (Of a file cut as a whole nobody can tell which rows it had.)
 """
 import argparse
 import io
@@ -216,7 +216,7 @@ def lost(pairs, good, hurt, kind, read):
     for name, (content, caption) in good.items():
         i, stem = there.get(name), name.split(".")[0]
         if name in hurt:
-            if i is None and not named:
+            if i is None and not named and len(hurt) < N:
                 yield f"{name} (damaged, and not named)"
             elif i is not None and isinstance(read[i], BadRow) and stem not in said:
                 yield f"{name} (can't be read, and not named)"
