@@ -1,257 +1,584 @@
-"""Pictures of what a model has aligned: FILIP's Figure 2, and where each word looks.
+"""Pictures of what a model has learned, and a page to click through: which word looks where.
 
-    python visualize.py runs/sparc                # six scenes -> runs/sparc/align.png
+    python visualize.py runs/sparc                          # -> runs/sparc/align.png, align.html
+    python visualize.py runs/sparc runs/filip runs/clip     # the same words, run below run
     python visualize.py runs/sparc --image dog.jpg --text "a dog eats ice cream" --words "ice cream"
+    python visualize.py curves runs/sparc runs/clip         # log.csv -> runs/sparc/curves.png
 
-Covers: FILIP 4.5 (each patch carries the index of its best token, m_k of its eq. 4) and, for runs
-with SPARC's loss, the weights of its eqs. 2 to 4.
+Covers: FILIP 4.5 (each patch carries the index of its best token, m_k of its eq. 4); for runs with
+SPARC's loss, the weights of its eqs. 2 to 4.
 
-From left to right: the picture, as the model sees it (its central square, or with --fit pad all of
-it); its patches with the index of their best token, in red on a bright patch where the token
-belongs to a word asked for, in white on a dimmed one elsewhere; then a panel for each of these
-words, six in a row, its best patch framed. Its title says what it shows: the weights after eqs. 3
-and 4 with the run's own sigma, or the similarity of the word and each patch (for FILIP the cosine,
-for other objectives the product). A word of several tokens, or several words asked for as one,
-show the mean over their tokens.
+align.png shows three pictures: of scenes, the first three test scenes of two objects. A word's
+panel is bright where the word looks, on one scale for all words, so one without an opinion stays
+dark. SPARC: from an equal share of the word's weight (with the run's own sigma) to FULL times that,
+by the logarithm. Others: how far the similarity (FILIP: cosine) is above the word's mean, as a
+share of the text's largest. A tick on the best patch says that the object which the word names
+covers a quarter of it (as eval.py counts), a cross that it does not. Where one of the runs is
+FILIP's, there is its Figure 2: red indices are tokens of the words shown, which are the means of
+their tokens. The page shows more pictures, and SPARC's weights for any sigma.
 
-Differs from the papers: FILIP's figure shows patches only. A panel's colours run from its lowest
-value to its highest.
+Differs from the papers: FILIP's figure shows patches only.
 """
 import argparse
+import base64
+import csv
+import io
+import json
 import math
 import os
+import pathlib
 import re
 import sys
+from types import SimpleNamespace
+from typing import NamedTuple
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 import eval as evaluation
-from data import BadRow, Scenes, Word, fit, open_dataset, open_image, word_tokens
+from data import BadRow, Scenes, fit, open_dataset, open_image
 from losses import OBJECTIVES, sparc_alignment
 from model import DEVICES, UserError, clean, pick_device, write
 
-SIDE, MARGIN, LINE = 280, 10, 22  # pixels: of one panel, between panels, of one line of text
-COLUMNS = 6  # panels side by side
+SIDE, MARGIN, TEXT = 280, 10, 22  # pixels: of a panel, between panels; size of letters
+COLUMNS, SHEET = 6, 3  # at most: panels side by side, pictures on a sheet
+FULL, DIM = 16, 0.22  # times an equal share that is brightest; how bright the darkest patch is
 SMALL_WORDS = set("a an the of in on at by to with and or is are there it its his her their this "
                   "that while for from left right above below . , picture photo".split())
+GREY, RED, BLUE, ORANGE = (105, 105, 105), (200, 0, 0), (0, 114, 178), (213, 94, 0)
+COLOURS = [BLUE, ORANGE, (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0)] * 9
+
+
+class Sample(NamedTuple):
+    image: Image.Image
+    text: str
+    wanted: list = None  # words to show; None: all but articles and the like
+    things: dict = {}  # the object that a word names
+    masks: torch.Tensor = torch.zeros(0, 1, 1)  # (N, H, W), the objects
 
 
 @torch.no_grad()
-def align(model, tok, args, image, text):
-    """One RGB picture, one text -> weights or similarities of words and patches (L,P), the name of
-    what they are, the best token of each patch (P,), the tokens as strings. args: of load_run."""
-    objective, options = OBJECTIVES[args.loss], evaluation.loss_options(args)
+def align(run, image, text):
+    """One RGB picture and one text, as a run (of open_runs) sees them -> what is there: products of
+    tokens and patches (L,P); what is shown of them (L,P), its name, what bright means; the best
+    token of each patch (P,); the tokens, L strings."""
+    model, tok, args = run.model, run.tok, run.args
     _, V = evaluation.encode_images(model, [image])
     _, T, M = evaluation.encode_texts(model, tok, [text])
-    best = evaluation.best_words(V, T, M)[0]
-    if "sigma" in objective.options:
-        own = {name: options[name] for name in ("sigma", "softmax") if name in options}
-        s = sparc_alignment(V, T, **own)[0]
-        name = "softmax weights" if own.get("softmax") else "weights, eqs. 3 and 4"
-    else:
-        s, name = evaluation.word_patch_products(objective, V, T)[0], "similarity"
+    products = evaluation.word_patch_products(OBJECTIVES[args.loss], V, T)
+    shown, name, options = products, "similarity", evaluation.loss_options(args)
+    means = "dark: the word's mean over the patches or less, bright: the most above it"
+    if "sigma" in OBJECTIVES[args.loss].options:
+        shown = sparc_alignment(V, T, options.get("sigma"), options.get("softmax", False))
+        name = "softmax weights" if options.get("softmax") else "weights, eqs. 3 and 4"
+        means = f"dark: an equal share of the word's weight or less, bright: {FULL} times or more"
     marks = {tok.bos: "[BOS]", tok.eot: "[EOS]"}
-    ids = tok([text], model.context_length)[0][0, :len(s)].tolist()
+    ids = tok([text], model.context_length)[0][0, :T.shape[1]].tolist()
     tokens = [marks.get(i, tok.symbols[i].replace("</w>", "")) for i in ids]
-    return s.cpu(), name, best.cpu(), tokens
+    best = evaluation.best_words(V, T, M)[0].cpu()
+    return SimpleNamespace(products=products[0].cpu(), shown=shown[0].cpu(), name=name, means=means,
+                           best=best, tokens=tokens)
 
 
-# ------------------------------------------------------------------------------------- panels
-def heat(x):
-    """Number in 0..1 -> colour from dark blue over red to yellow."""
-    red, green, blue = 2.2 * x - 0.3, 2 * x - 1, 0.45 - abs(x - 0.35)
-    return tuple(int(255 * min(1, max(0, c))) for c in (red, green, blue))
+def brightness(word, aligned):
+    """What one word shows (P,), aligned of align -> (P,) in 0..1, how bright its patches are."""
+    if aligned.name != "similarity":
+        return (word * len(word)).clamp(min=1).log2().div(math.log2(FULL)).clamp(max=1)
+    tokens = aligned.shown[1:-1]  # all but [BOS] and [EOS]
+    most = (tokens - tokens.mean(1, keepdim=True)).max()
+    return (word - word.mean()).clamp(min=0) / most.clamp(min=1e-6)
 
 
-def cell(p, grid):
-    """Corners of patch p in a panel, in pixels: left, top, right, bottom."""
-    step, x, y = SIDE / grid, p % grid, p // grid
-    return x * step, y * step, (x + 1) * step, (y + 1) * step
-
-
-def grid_panel(picture, best, marked, grid):
-    """FILIP's Figure 2 of one picture (SIDE, SIDE). best (P,); marked: the tokens in red."""
-    shade = Image.new("RGBA", picture.size, (0, 0, 0, 0))
-    draw, font = ImageDraw.Draw(shade), ImageFont.load_default(int(SIDE / grid * 0.45))
-    for p, token in enumerate(best.tolist()):
-        fill, ink, stroke = (0, 0, 0, 120), (255, 255, 255, 235), 0
-        if token in marked:
-            fill, ink, stroke = (255, 255, 255, 40), (230, 0, 0, 255), 2
-        left, top, right, bottom = cell(p, grid)
-        draw.rectangle((left, top, right, bottom), fill=fill, outline=(255, 255, 255, 110))
-        draw.text(((left + right) / 2, (top + bottom) / 2), str(token), ink, font=font, anchor="mm",
-                  stroke_width=stroke, stroke_fill=(255, 255, 255, 255))
-    return Image.alpha_composite(picture.convert("RGBA"), shade).convert("RGB")
-
-
-def word_panel(picture, s, grid):
-    """One word's number for every patch (P,), lowest to highest, over the greyed picture."""
-    x = (s - s.min()) / (s.max() - s.min()).clamp(min=1e-6)
-    cells = Image.new("RGB", (grid, grid))
-    cells.putdata([heat(number) for number in x.tolist()])
-    cells = cells.resize(picture.size, Image.Resampling.NEAREST)
-    out = Image.blend(picture.convert("L").convert("RGB"), cells, 0.6)
-    ImageDraw.Draw(out).rectangle(cell(int(s.argmax()), grid), outline="white", width=4)
-    return out
-
-
-def draw_tokens(row, top, tokens, marked):
-    """The text below the panels, each token with its index, the marked ones in red -> its end."""
-    draw, font = ImageDraw.Draw(row), ImageFont.load_default(15)
-    x, y = MARGIN, top
-    for k, token in enumerate(tokens):
-        label, ink = f"{k} {token}", (90, 90, 90)
-        if k in marked:
-            ink = (200, 0, 0)
-        if x + draw.textlength(label, font=font) > row.width - MARGIN:
-            x, y = MARGIN, y + LINE
-        draw.text((x, y), label, ink, font=font)
-        x += draw.textlength(label, font=font) + 14
-    return y + LINE
-
-
-def draw_row(model, tok, args, image, text, words, how="crop"):
-    """words: [(word, positions of its tokens)] to mark -> its panels, the text below. how: fit's"""
-    grid, size = model.visual.grid, model.config["image_size"]
-    picture, head = fit(image, size, how), ""
-    if how == "crop" and image.width != image.height:
-        head = f"the middle {min(image.size) / max(image.size):.0%} of the picture"
-    s, name, best, tokens = align(model, tok, args, picture, text)
-    way = Image.Resampling.NEAREST if size < 100 else Image.Resampling.BICUBIC
-    picture = picture.resize((SIDE, SIDE), way)
-    seen = [(word, [p for p in at if p < len(tokens) - 1]) for word, at in words]
-    lost = [word for (word, at), (_, left) in zip(words, seen) if left != at]
-    if lost:
-        print(f"note: the text is cut to {len(tokens)} tokens, wholly or in part cut off: "
-              f"{', '.join(dict.fromkeys(lost))}", file=sys.stderr)
-    seen = [(word, at) for word, at in seen if at]
-    marked = {p for _, at in seen for p in at}
-    numbered = grid_panel(picture, best, marked, grid)
-    panels = [(head, picture), ("best token of each patch", numbered)]
-    for word, at in seen:
-        word = f"{word} (mean of {len(at)} tokens)" if len(at) > 1 else word
-        panels.append((f"{word}: {name}", word_panel(picture, s[at].mean(0), grid)))
-    bottom = math.ceil(len(panels) / COLUMNS) * (SIDE + LINE)
-    width = COLUMNS * (SIDE + MARGIN) + MARGIN
-    row = Image.new("RGB", (width, bottom + (2 + len(tokens)) * LINE), "white")
-    draw = ImageDraw.Draw(row)
-    for k, (title, panel) in enumerate(panels):
-        left, top = MARGIN + k % COLUMNS * (SIDE + MARGIN), k // COLUMNS * (SIDE + LINE)
-        row.paste(panel, (left, top + LINE))
-        length = draw.textlength(title, font=ImageFont.load_default(15))
-        font = ImageFont.load_default(15 * min(1, 0.92 * SIDE / max(1, length)))
-        draw.text((left, top + 2), title, "black", font=font)
-    end = draw_tokens(row, bottom + 4, tokens, marked)
-    return row.crop((0, 0, width, max(bottom + 2 * LINE, end) + MARGIN))
-
-
-# ------------------------------------------------------------------------------ what to draw
-def find_words(tok, text, wanted=None):
+# -------------------------------------------------------------------------------------- words
+def find_words(tok, text, wanted=None, small=SMALL_WORDS):
     """-> [(word, positions of its tokens)]: the wanted words or phrases wherever they stand, or all
-    words but articles and the like. Raises UserError if one that is wanted is not there."""
-    text, found = clean(text), []
-    pieces = list(tok.words.finditer(text))  # "t-shirt" has three, a number as many as digits
-    tokens = word_tokens(tok, [Word(piece[0]) for piece in pieces])
-    if not wanted:
-        words = [word.strip(".,;:!?()\"'") for word in text.split()]
-        wanted = [word for word in words if word and word not in SMALL_WORDS]
-    wanted = dict.fromkeys(map(clean, wanted))
-    for word in wanted:  # but not inside a longer number
+    words that are not small. Raises UserError if one that is wanted is not there."""
+    text, found, parts, position = clean(text), [], [], 1
+    for piece in tok.words.finditer(text):  # "t-shirt" has three, a number as many as digits
+        end = position + len(tok.encode(piece[0]))
+        parts.append((piece, range(position, end)))
+        position = end
+    words = [word.strip(".,;:!?()\"'") for word in text.split()]
+    words = [word for word in words if word and word not in small]
+    for word in dict.fromkeys(map(clean, wanted or words)):  # but not inside a longer number
         for match in re.finditer(rf"(?<!\d(?=\d)){re.escape(word)}(?!(?<=\d)\d)", text):
-            inside = [k for k, piece in enumerate(pieces)
+            inside = [(piece[0], at) for piece, at in parts
                       if match.start() <= piece.start() and piece.end() <= match.end()]
-            if inside and "".join(pieces[k][0] for k in inside) == word.replace(" ", ""):
-                found.append((word, [p for k in inside for p in tokens[k]]))
-    missing = [word for word in wanted if word not in dict(found)]
+            if inside and "".join(piece for piece, _ in inside) == word.replace(" ", ""):
+                found.append((word, [p for _, at in inside for p in at]))
+    missing = [word for word in map(clean, wanted or ()) if word not in dict(found)]
     if missing:
         raise UserError(f"--words {' '.join(missing)}: not in the text {text!r}")
     return sorted(found, key=lambda word: word[1])
 
 
-def first_thing(tok, scene):
-    """The words of a scene's caption that are about the first object it names."""
-    words = scene["words"]
-    first = next(w.thing for w in words if w.thing >= 0)
-    return [(w.text, at) for w, at in zip(words, word_tokens(tok, words)) if w.thing == first]
+def seen_words(run, sample, length):
+    """The words to show among `length` tokens -> [(word, positions)]; prints those it loses."""
+    words = find_words(run.tok, sample.text, sample.wanted)
+    seen = [(word, [p for p in at if p < length - 1]) for word, at in words]
+    lost = [word for (word, at), (_, left) in zip(words, seen) if left != at]
+    if lost:
+        print(f"note: the text is cut to {length} tokens, wholly or in part cut off: "
+              f"{', '.join(dict.fromkeys(lost))}", file=sys.stderr)
+    return [(word, at) for word, at in seen if at]
 
 
-def stack(rows, path):
-    """Write rows of pictures, one below the other, as a PNG -> its path."""
-    out = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        out.paste(row, (0, top))
-        top += row.height
+# ------------------------------------------------------------------------------------- panels
+def flow(items, width, gap=MARGIN):
+    """Pictures side by side, as many as fit in width, the others below -> one picture."""
+    placed, x, y, tall = [], 0, 0, 0
+    for item in items:
+        if x and x + item.width > width:
+            x, y, tall = 0, y + tall + gap, 0
+        placed.append((item, (x, y)))
+        x, tall = x + item.width + gap, max(tall, item.height)
+    out = Image.new("RGB", (width, y + tall), "white")
+    for item, at in placed:
+        out.paste(item, at)
+    return out
 
-    def save(temporary):
-        out.save(temporary, format="PNG")
-    write(path, save)
+
+def letters(text, colour="black", most=4000):
+    """A line of text as a picture, in smaller letters if it would be wider than `most`."""
+    length = max(1, ImageFont.load_default(TEXT).getlength(text))
+    font = ImageFont.load_default(TEXT * min(1, most / length))
+    out = Image.new("RGB", (math.ceil(min(length, most)), int(1.3 * TEXT)), "white")
+    ImageDraw.Draw(out).text((0, TEXT), text, colour, font=font, anchor="ls")
+    return out
+
+
+def lines(text):
+    """Words as pictures, so that flow can break lines."""
+    return [letters(word) for word in text.split()]
+
+
+def titled(title, picture):
+    return flow([letters(title, most=picture.width), picture], picture.width, 0)
+
+
+def sheet(blocks, path, columns=COLUMNS):
+    """Write blocks, each the pictures that flow lays out, one below the other: a PNG -> its path"""
+    width = columns * (SIDE + MARGIN) - MARGIN
+    out = flow([flow(block, width) for block in blocks if block], width, 2 * MARGIN)
+    out = ImageOps.expand(out, 2 * MARGIN, "white")
+    write(path, lambda temporary: out.save(temporary, format="PNG"))
     return path
 
 
-def draw_run(folder, data=None, n=6, device="cpu", out=None, images=None, how="crop"):
-    """n test scenes, or the first n pictures that can be read of data and images -> [align.png]"""
-    model, tok, args = evaluation.load_run(folder, device)
-    if not data:
-        data = args.data if args.data == "scenes" else args.val
-        images = getattr(args, "images", None)
-    if not data:
-        raise UserError(f"{folder} was trained on {args.data}: name a picture with --image and "
-                        f"--text, or --data PATH")
-    rows, bad = [], "it is empty"
+def enlarge(image, how="crop", size=SIDE):
+    """A picture as a panel, with hard edges where pixels are few. how: fit's."""
+    if image.width == image.height < 100:
+        return image.resize((size, size), Image.Resampling.NEAREST)
+    return fit(image, size, how)
+
+
+def spotlight(picture, x, grid):
+    """A panel that is bright where x (P,) is 1 and dark where it is 0."""
+    veil = Image.new("L", (grid, grid))
+    veil.putdata([round(255 * (DIM + (1 - DIM) * number)) for number in x.tolist()])
+    veil = veil.resize(picture.size, Image.Resampling.NEAREST)
+    return ImageChops.multiply(picture, veil.convert("RGB"))
+
+
+def draw_outline(panel, mask):
+    """White around an object, black around that. mask (H,W) bool."""
+    inside = Image.fromarray(mask.numpy()).convert("L").resize(panel.size, 0)
+    white = inside.filter(ImageFilter.MaxFilter(7))
+    black = white.filter(ImageFilter.MaxFilter(5))
+    panel.paste("black", (0, 0), ImageChops.subtract(black, white))
+    panel.paste("white", (0, 0), ImageChops.subtract(white, inside))
+
+
+def draw_mark(panel, x, y, hit):
+    """A tick, a cross if hit is False, a dot if it is None."""
+    draw, r = ImageDraw.Draw(panel), 8 if hit is None else 15
+    ink = {True: BLUE, False: ORANGE, None: "black"}[hit]
+    draw.ellipse((x - r, y - r, x + r, y + r), ink, "white", 2)
+    line = {True: (-8, 0, -2, 6, 7, -6), False: (-6, -6, 6, 6, 0, 0, 6, -6, -6, 6), None: ()}[hit]
+    draw.line([(x + a, y + b) for a, b in zip(line[::2], line[1::2])], "white", 4)
+
+
+def word_panel(picture, x, best, grid, hit=None, mask=None):
+    """One word: x (P,) in 0..1 as light, the outline of its object, a mark on its best patch."""
+    out, step = spotlight(picture, x, grid), SIDE / grid
+    if mask is not None:
+        draw_outline(out, mask)
+    draw_mark(out, (best % grid + 0.5) * step, (best // grid + 0.5) * step, hit)
+    return out
+
+
+def grid_panel(picture, best, marked, grid):
+    """FILIP's Figure 2 of one picture (SIDE, SIDE). best (P,); marked: the tokens in red."""
+    step, font = SIDE / grid, ImageFont.load_default(SIDE / grid * 0.5)
+    own = torch.tensor([token in marked for token in best.tolist()])
+    out = spotlight(picture, own.float().clamp(min=0.2), grid)
+    for p, token in enumerate(best.tolist()):
+        place, style = ((p % grid + 0.5) * step, (p // grid + 0.5) * step), {"fill": "white"}
+        if own[p]:
+            style = {"fill": RED, "stroke_width": 3, "stroke_fill": "white"}
+        ImageDraw.Draw(out).text(place, str(token), font=font, anchor="mm", **style)
+    return out
+
+
+# ------------------------------------------------------------------------ what there is to draw
+def open_runs(folders, device="cpu"):
+    names = [os.path.basename(os.path.normpath(folder)) for folder in folders]
+    names = names if len(set(names)) == len(names) else folders
+    loaded = [evaluation.load_run(folder, device) for folder in folders]
+    return [SimpleNamespace(name=name, model=model, tok=tok, args=args)
+            for name, (model, tok, args) in zip(names, loaded)]
+
+
+def collect(run, data, images, n, seed):
+    """n test scenes, or the first n pictures of data that can be read -> [Sample]."""
+    size, samples, bad = run.model.config["image_size"], [], "it is empty"
     if data == "scenes":
-        scenes = Scenes(n, args.seed, model.config["image_size"], "test", objects=(2, 4))
-        for i in range(n):
-            s = scenes[i]
-            words = first_thing(tok, s)
-            rows.append(draw_row(model, tok, args, s["image"], s["caption"], words))
-    else:
-        pairs = open_dataset(data, images=images)
-        for i in range(len(pairs)):
-            try:
-                image, text = pairs.pair(i, size=model.config["image_size"])
-                rows.append(draw_row(model, tok, args, image, text, find_words(tok, text), how))
-            except BadRow as e:
-                bad = e
-            if len(rows) == n:
-                break
-    if not rows:
+        for scene in map(Scenes(n, seed, size, "test", objects=(2, 2)).__getitem__, range(n)):
+            words = {w.text: w.thing for w in scene["words"] if w.kind in ("colour", "shape")}
+            samples.append(Sample(scene["image"], scene["caption"], list(words), words,
+                                  torch.from_numpy(scene["masks"])))
+        return samples
+    pairs = open_dataset(data, images=images)
+    for i in range(len(pairs)):
+        try:
+            samples.append(Sample(*pairs.pair(i, size=max(size, 2 * SIDE))))
+        except BadRow as e:
+            bad = e
+        if len(samples) == n:
+            break
+    if not samples:
         raise UserError(f"{data} has no picture that can be read ({bad})")
-    return [stack(rows, out or os.path.join(folder, "align.png"))]
+    return samples
+
+
+# ---------------------------------------------------------------------------- align.png
+def align_row(run, sample, how, numbered, title):
+    """One run, one sample -> text and panels, two blocks of sheet; (hit, chance) of each word whose
+    object is known; what is shown, in words. numbered: with FILIP's Figure 2."""
+    model, grid = run.model, run.model.visual.grid
+    a = align(run, fit(sample.image, model.config["image_size"], how), sample.text)
+    picture, words = enlarge(sample.image, how), seen_words(run, sample, len(a.tokens))
+    marked = {p for _, at in words for p in at}
+    text = [letters(f"{k} {token}" if numbered else token, RED if k in marked else GREY)
+            for k, token in enumerate(a.tokens) if numbered or 0 < k < len(a.tokens) - 1]
+    if how == "crop" and sample.image.width != sample.image.height:
+        share = min(sample.image.size) / max(sample.image.size)
+        text.append(letters(f"(the middle {share:.0%} of the picture)", GREY))
+    panels, hits = [titled(title, picture)], []
+    if numbered:
+        numbers = grid_panel(picture, a.best, marked, grid)
+        panels.append(titled("best token of each patch", numbers))
+    for word, at in words:
+        x, thing, mask, hit = a.shown[at].mean(0), sample.things.get(word), None, None
+        if thing is not None:
+            mask, cover = sample.masks[thing], evaluation.patch_coverage(sample.masks, grid)
+            found = evaluation.word_hits(x.argmax()[None], torch.tensor([thing]), cover)
+            hits.append([number.item() for number in found])
+            hit = hits[-1][0]
+        word = f"{word} (mean of {len(at)} tokens)" if len(at) > 1 else word
+        panel = word_panel(picture, brightness(x, a), int(x.argmax()), grid, hit, mask)
+        panels.append(titled(word, panel))
+    return text, panels, hits, f"{a.name} ({a.means})."
+
+
+def align_sheet(runs, samples, path, how="crop"):
+    """samples: for each run, the same pictures -> the path of the PNG."""
+    numbered = any("keep" in OBJECTIVES[run.args.loss].options for run in runs)  # FILIP's
+    blocks, hits, names, said = [], {run.name: [] for run in runs}, {}, None
+    for shown in zip(*samples):
+        for run, sample in zip(runs, shown):
+            title = run.name if len(runs) > 1 else ""
+            text, panels, found, name = align_row(run, sample, how, numbered, title)
+            tokens = (sample.text, run.tok.vocab_size)  # another vocabulary may split it otherwise
+            blocks += [[] if tokens == said else text, panels]
+            hits[run.name] += found
+            names[name], said = True, tokens
+    columns = min(COLUMNS, max(map(len, blocks[1::2])))
+    marks = "Dot: the word's best patch."
+    if any(hits.values()):
+        marks = "White line: the object that the word names. Tick: its best patch is on it."
+    blocks.append(lines(" ".join([*names, marks])))
+    for name, found in hits.items():
+        if found:
+            good, chance = map(sum, zip(*found))
+            blocks.append(lines(f"{name}: {good} of {len(found)} words have their best patch on "
+                                f"their object; random patches: {chance:.1f}"))
+    return sheet(blocks, path, max(4, columns))
+
+
+# ------------------------------------------------------------------------------- align.html
+def page_view(run, sample, how):
+    """What the page needs of one picture as one run sees it."""
+    grid, masks = run.model.visual.grid, sample.masks
+    a = align(run, fit(sample.image, run.model.config["image_size"], how), sample.text)
+    words = [{"word": word, "at": at, "thing": sample.things.get(word, -1)}
+             for word, at in find_words(run.tok, sample.text, small=())
+             if at[-1] < len(a.tokens) - 1]
+    cover = evaluation.patch_coverage(masks, grid) >= 0.25 if len(masks) else masks  # (N, P)
+    products = base64.b64encode(a.products.float().numpy().tobytes()).decode()
+    return {"grid": grid, "words": words, "products": products, "side": masks.shape[-1],
+            "outlines": [outline_path(mask) for mask in masks], "shown": a.name, "means": a.means,
+            "on": [row.nonzero().flatten().tolist() for row in cover]}
+
+
+def outline_path(mask):
+    """mask (H,W) bool -> its border as a path of SVG, in pixels."""
+    m = np.pad(mask.numpy(), 1)
+    flat = [f"M{x - 1} {y}h1" for y, x in zip(*np.nonzero(m[1:] != m[:-1]))]
+    steep = [f"M{x} {y - 1}v1" for y, x in zip(*np.nonzero(m[:, 1:] != m[:, :-1]))]
+    return "".join(flat + steep)
+
+
+def data_url(picture):
+    """A picture as text that a page can hold: JPEG for a photo, PNG for a scene or a chart."""
+    kind, file = "JPEG" if 100 < picture.width < 1000 else "PNG", io.BytesIO()
+    picture.save(file, kind, quality=80)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def align_page(runs, samples, path, how="crop", curves=None):
+    """Write the page, one file that needs no other. samples: as for align_sheet -> its path"""
+    data = {"full": FULL, "dim": DIM, "runs": []}
+    data["pictures"] = [data_url(fit(sample.image, min(448, *sample.image.size), how))
+                        for sample in samples[0]]
+    for run, mine in zip(runs, samples):
+        views = [page_view(run, sample, how) for sample in mine]
+        sigma = evaluation.loss_options(run.args).get("sigma")
+        sigma = 1 / run.model.visual.grid ** 2 if sigma is None else sigma
+        data["runs"].append({"name": run.name, "sigma": sigma, "views": views})
+    text = json.dumps(data).replace("<", "\\u003c")  # so no text can end the script
+    charts = ""
+    if curves:
+        charts = f'<img alt="what log.csv holds, over steps" src="{data_url(Image.open(curves))}">'
+    html = PAGE.replace("@CURVES@", charts).replace("@DATA@", text)
+    write(path, lambda temporary: pathlib.Path(temporary).write_text(html, encoding="utf-8"))
+    return path
+
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Words and patches</title>
+<style>
+:root { color-scheme: light dark; --blue: #0072b2; font: 16px/1.5 system-ui, sans-serif }
+@media (prefers-color-scheme: dark) { :root { --blue: #56b4e9 } }
+body { margin: auto; padding: 0 12px; max-width: 1400px }
+form, label, figure div { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: center }
+main { display: grid; gap: 0 2em; grid: auto / repeat(auto-fill, minmax(min(20em, 100%), 1fr)) }
+figure { margin: 0; min-width: 0 } figure p { min-height: 3em; margin: 0 0 1em }
+figure div { gap: 6px; margin: 8px 0 } svg { width: 100%; touch-action: manipulation }
+image[href^="data:image/png"] { image-rendering: pixelated }
+path, .frame { fill: none; stroke: #fff; stroke-width: 3; vector-effect: non-scaling-stroke;
+  pointer-events: none; filter: drop-shadow(0 0 .02px #000) }
+.frame { stroke-dasharray: 7 4 } button, select { font: inherit; min-height: 36px }
+button { padding: 2px 8px; border: 1px solid #8888; border-radius: 6px; overflow-wrap: anywhere;
+  background: color-mix(in srgb, var(--blue) calc(var(--light) * 60%), transparent) }
+button[aria-pressed=true] { box-shadow: 0 0 0 3px var(--blue) }
+:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px } img { max-width: 100% }
+</style>
+<h1>Where does each word look?</h1>
+<p>Point at a word (tap it, or press Tab): its patches stay bright. Point at a patch (tap it, or
+use arrow keys): its words are coloured. A tick: the best patch is on the object, a cross: it is
+not.</p>
+<form><label>Run <select id="run"></select></label><span id="means"></span>
+<label>sigma <input type="range" id="sigma" min="0" max="1" step="any">
+<output id="number" for="sigma"></output></label></form>
+<p id="score" role="status"></p><main></main>@CURVES@
+<script type="application/json" id="data">@DATA@</script>
+<script>
+const find = name => document.querySelector(name), picked = [];
+const data = JSON.parse(find("#data").textContent), sum = s => s.reduce((a, b) => a + b, 0);
+for (const run of data.runs) find("#run").add(new Option(run.name));
+
+function weights(s, sigma, softmax) {  // losses.sparc_alignment of one word: s (P) products
+  const low = Math.min(...s), high = Math.max(...s);
+  let kept = s.map(x => (x - low) / (high - low)).map(x => x >= sigma ? x : 0);
+  if (softmax) kept = s.map(x => Math.exp(x - high));
+  else if (high - low <= 1e-6 * Math.max(1, Math.abs(high))) kept = s.map(() => 1);
+  const total = sum(kept);
+  return kept.map(x => x / total);
+}
+function measure(view, sigma) {  // gives each word what it shows (P), its brightness (P)
+  const bytes = Uint8Array.from(atob(view.products), c => c.charCodeAt(0)), P = view.grid ** 2;
+  const all = new Float32Array(bytes.buffer), tokens = Array.from({length: all.length / P},
+    (_, l) => all.slice(l * P, l * P + P));
+  const similar = view.shown == "similarity", softmax = view.shown == "softmax weights";
+  const rows = similar ? tokens : tokens.map(s => weights(s, sigma, softmax));
+  const above = (s, mean = sum(s) / P) => s.map(x => Math.max(0, x - mean));
+  const most = Math.max(1e-6, ...rows.slice(1, -1).flatMap(s => [...above(s)]));
+  for (const word of view.words) {
+    word.shown = rows[0].map((_, p) => sum(word.at.map(l => rows[l][p])) / word.at.length);
+    word.best = word.shown.indexOf(Math.max(...word.shown));
+    word.hit = view.on[word.thing]?.includes(word.best);
+    word.light = similar ? above(word.shown).map(x => x / most) : word.shown.map(
+      x => Math.min(1, Math.log2(Math.max(1, x * P)) / Math.log2(data.full)));
+  }
+}
+function describe(view, {word, patch}) {
+  const place = p => `row ${Math.floor(p / view.grid) + 1}, column ${p % view.grid + 1}`;
+  const {shown, best, hit} = view.words[word] ?? {};
+  const on = {true: ", on its object", false: ", not on its object"}[hit] ?? "";
+  if (shown) return `${view.words[word].word}: best patch in ${place(best)}${on}; ` +
+    `${shown.filter(x => x > 0).length} of ${shown.length} patches are above 0`;
+  const words = view.words.filter(word => word.light[patch] > 0).map(word => word.word);
+  return patch >= 0 ? place(patch) + ": " + (words.join(", ") || "no word") : "";
+}
+function draw(view, i) {
+  const n = view.grid, figure = find("main").appendChild(document.createElement("figure"));
+  const cell = p => `<rect x="${p % n}" y="${Math.floor(p / n)}" width="1" height="1"/>`;
+  figure.innerHTML = `<svg viewBox="0 0 ${n} ${n}" tabindex="0" role="img" aria-label="picture
+    ${i + 1}"><image href="${data.pictures[i]}" width="${n}" height="${n}"/>` +
+    Array.from({length: n * n}, (_, p) => cell(p)).join("") + `<path transform="scale(
+    ${n / view.side})"/><rect class="frame" width="1" height="1"/></svg><div></div>
+    <p aria-live="polite"></p>`;
+  const [svg, words, say] = figure.children, [frame, outline] = [...svg.children].reverse();
+  const veil = [...svg.children].slice(1, 1 + n * n), buttons = view.words.map((word, k) => {
+    const button = words.appendChild(document.createElement("button"));
+    button.onmouseenter = button.onfocus = button.onclick = () => show({word: k});
+    button.textContent = word.word + ({true: " \u2713", false: " \u2717"}[word.hit] ?? "");
+    return button;
+  });
+  function show(pick) {
+    const word = view.words[pick.word], p = word ? word.best : pick.patch;
+    picked[i] = pick;
+    veil.forEach((rect, q) => rect.style.opacity = word ? (1 - data.dim) * (1 - word.light[q]) : 0);
+    buttons.forEach((button, k) => {
+      button.setAttribute("aria-pressed", k == pick.word);
+      button.style.setProperty("--light", view.words[k].light[pick.patch] ?? 0);
+    });
+    outline.setAttribute("d", view.outlines[word?.thing] ?? "");
+    frame.setAttribute("visibility", p >= 0 ? "visible" : "hidden");
+    if (p >= 0) frame.setAttribute("transform", `translate(${p % n} ${Math.floor(p / n)})`);
+    say.textContent = describe(view, pick);
+  }
+  svg.onpointermove = svg.onclick = event => show({patch: veil.indexOf(event.target)});
+  svg.onkeydown = event => {
+    const to = (picked[i].patch ?? -1) + {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -n,
+      ArrowDown: n}[event.key];
+    if (to >= 0 && to < n * n) show({patch: to});
+    if (!isNaN(to)) event.preventDefault();
+  };
+  show(picked[i] ?? {});
+}
+function build() {
+  const run = data.runs[find("#run").selectedIndex], sigma = find("#sigma");
+  find("#number").value = sigma.valueAsNumber.toFixed(3);
+  find("main").replaceChildren();
+  run.views.forEach(view => measure(view, sigma.valueAsNumber));
+  run.views.forEach(draw);
+  const words = run.views.flatMap(view => view.words).filter(word => word.hit !== undefined);
+  find("#score").textContent = words.length ? `${words.filter(word => word.hit).length} of ` +
+    `${words.length} words have their best patch on their object` : "";
+}
+find("#sigma").oninput = build;
+find("#run").onchange = () => {
+  const run = data.runs[find("#run").selectedIndex], {shown, means} = run.views[0];
+  find("#sigma").value = run.sigma;
+  find("#sigma").disabled = !shown.includes("eqs");
+  find("#means").textContent = `${shown} (${means})`;
+  build();
+};
+find("#run").onchange();
+</script></html>
+"""
+
+
+# ------------------------------------------------------------------------------------- curves
+def chart(curves):
+    """Lists of points (x, y), the n-th a line in the n-th colour -> a panel, two as wide."""
+    panel = Image.new("RGB", (2 * SIDE + MARGIN, SIDE), "white")
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(17)
+    points = np.array([point for curve in curves for point in curve])
+    low, size = points.min(0), np.ptp(points, 0).clip(1e-9)
+
+    def place(point):
+        return tuple((point - low) / size * (2 * SIDE - 120, 50 - SIDE) + (80, SIDE - 35))
+    for point in np.linspace(low, low + size, 5):
+        x, y = place(point)
+        draw.line((80, y, 2 * SIDE - 40, y), (215, 215, 215))
+        draw.text((74, y), f"{point[1]:.3g}", GREY, font=font, anchor="rm")
+        draw.text((x, SIDE - 28), f"{point[0]:,.0f}", GREY, font=font, anchor="ma")
+    for colour, curve in zip(COLOURS, curves):
+        draw.line([place(point) for point in curve], colour, 3)
+    return panel
+
+
+def draw_curves(folders, out=None):
+    """What runs logged, over steps -> the path of a sheet, with a chart for each column."""
+    logs, out = [], out or os.path.join(folders[0], "curves.png")
+    for folder in folders:
+        path = os.path.join(folder, "log.csv")
+        if not os.path.isfile(path):
+            raise UserError(f"there is no {path}: name run folders of train.py")
+        with open(path, encoding="utf-8") as file:
+            logs.append(list(csv.DictReader(file)))
+    names, charts = dict.fromkeys(name for log in logs for row in log for name in row), []
+    for name in list(names)[1:]:  # not step
+        curves = [[(float(row["step"]), float(row[name])) for row in log
+                   if math.isfinite(float(row.get(name) or "nan"))] for log in logs]
+        if any(curves):
+            charts.append(titled(name, chart(curves)))
+    legend = [letters(folder, colour) for folder, colour in zip(folders, COLOURS)]
+    return sheet([legend, charts], out)
+
+
+# -------------------------------------------------------------------------------- the command
+def draw_run(folders, data=None, n=6, device="cpu", out=None, images=None, how="crop", own=None):
+    """A run folder, or several -> the paths of the sheet, the page beside it, and of curves.png.
+    n pictures of data, images: as for eval.evaluate; own: a Sample to draw in their place."""
+    folders = [folders] if isinstance(folders, str) else folders
+    runs, samples, curves = open_runs(folders, device), [[own]] * len(folders), []
+    args = runs[0].args
+    if not own:
+        if not data:
+            data = args.data if args.data == "scenes" else args.val
+            images = getattr(args, "images", None)
+        if not data:
+            raise UserError(f"{folders[0]} was trained on {args.data}: name a picture with --image "
+                            f"and --text, or --data PATH")
+        samples = [collect(run, data, images, n, args.seed) for run in runs]
+    out = out or os.path.join(folders[0], "align.png")
+    align_sheet(runs, [some[:SHEET] for some in samples], out, how)
+    if not own and all(os.path.isfile(os.path.join(folder, "log.csv")) for folder in folders):
+        curves = [draw_curves(folders, os.path.join(os.path.dirname(out), "curves.png"))]
+    page = align_page(runs, samples, os.path.splitext(out)[0] + ".html", how, *curves)
+    return [out, page, *curves]
+
+
+def flags():
+    ap = argparse.ArgumentParser(description="Draw what runs have learned, into the first folder.")
+    add = ap.add_argument
+    add("runs", nargs="+", metavar="RUN",
+        help="run folders of train.py, such as runs/sparc; `curves RUN ...` draws their log.csv")
+    add("--image", help="a picture of your own")
+    add("--text", help="what it shows, as in \"a photo of a balloon\"")
+    add("--words", nargs="+", help="words or phrases to mark (default: all but a, on, left ...)")
+    add("--fit", default="crop", choices=("crop", "pad"), help="a central square, or all, padded")
+    add("--data", help="scenes, or as train.py --data (default: what the run is for)")
+    add("--images", help="the folder of the pictures that a JSON file names")
+    add("--n", type=int, default=6, help=f"pictures on the page; the first {SHEET} make the sheet")
+    add("--out", help="the PNG to write (default: RUN/align.png, align-IMAGE.png, curves.png)")
+    add("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
+    return ap.parse_args()
 
 
 def main():
-    ap = argparse.ArgumentParser(description="Draw a run's word-patch alignment: RUN/align.png.")
-    ap.add_argument("run", help="run folder of train.py, such as runs/sparc")
-    ap.add_argument("--image", help="a picture of your own")
-    ap.add_argument("--text", help="what it shows, as in \"a photo of a balloon\"")
-    ap.add_argument("--words", nargs="+",
-                    help="words or phrases to mark (default: all but a, on, left ...)")
-    ap.add_argument("--fit", default="crop", choices=("crop", "pad"), help="show a wide picture's "
-                    "central square, as in training (default), or all of it")
-    ap.add_argument("--data", help="scenes, or as train.py --data (default: what the run is for)")
-    ap.add_argument("--images", help="the folder of the pictures that a JSON file names")
-    ap.add_argument("--n", type=int, default=6, help="how many scenes or pictures")
-    ap.add_argument("--out", help="the PNG to write (default: RUN/align.png, align-IMAGE.png)")
-    ap.add_argument("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
-    args = ap.parse_args()
+    args, own = flags(), None
+    device = pick_device(args.device)
+    if args.runs[0] == "curves" and len(args.runs) > 1:
+        print(draw_curves(args.runs[1:], args.out))
+        return
     if bool(args.image) != bool(args.text):
         raise UserError("--image and --text go together: a picture, and the text to align with it")
     if args.n < 1:
         raise UserError(f"--n {args.n}: at least one picture")
     if args.words and not args.image:
         raise UserError("--words marks words of --text, for the picture --image")
-    device = pick_device(args.device)
-    if not args.image:
-        print(*draw_run(args.run, args.data, args.n, device, args.out, args.images, args.fit))
-        return
-    model, tok, saved = evaluation.load_run(args.run, device)
-    image = open_image(args.image, model.config["image_size"])
-    words = find_words(tok, args.text, args.words)
-    if args.fit == "crop" and image.width != image.height:
-        print(f"note: {args.image} is cut to a square: --fit pad shows all", file=sys.stderr)
-    row = draw_row(model, tok, saved, image, args.text, words, args.fit)
-    name = os.path.splitext(os.path.basename(args.image))[0]
-    print(stack([row], args.out or os.path.join(args.run, f"align-{name}.png")))
+    if args.image:
+        own = Sample(open_image(args.image, 2 * SIDE), args.text, args.words)
+        name = "align-" + os.path.splitext(os.path.basename(args.image))[0]
+        args.out = args.out or os.path.join(args.runs[0], name + ".png")
+        if args.fit == "crop" and own.image.width != own.image.height:
+            print(f"note: {args.image} is cut to a square: --fit pad shows all", file=sys.stderr)
+    print(*draw_run(args.runs, args.data, args.n, device, args.out, args.images, args.fit, own))
 
 
 if __name__ == "__main__":

@@ -731,7 +731,8 @@ def test_the_command_trains_evaluates_and_draws(tmp_path, python):
     r = subprocess.run([*python, os.path.join(ROOT, "train.py"), *SMALL, "--out", "here"],
                        capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
-    files = {"last.pt", "log.csv", "args.json", "metrics.json", "align.png"}
+    files = {"last.pt", "log.csv", "args.json", "metrics.json",
+             "align.png", "align.html", "curves.png"}
     assert files == set(os.listdir(tmp_path / "here"))
     metrics = json.loads((tmp_path / "here" / "metrics.json").read_text())
     assert 0 <= metrics["retrieval"]["i2t_r1"] < 20 and "retrieval i2t_r1" in r.stdout

@@ -1,9 +1,16 @@
-"""Tests of visualize.py: what it marks, what it draws, what it refuses.
+"""Tests of visualize.py: what it marks, draws and refuses; the page, in a real browser.
 
     pytest tests/test_visualize.py
+    apt-get install chromium      # or set BROWSER=/path/of/one: without, its tests are skipped
 """
+import json
 import os
+import pathlib
+import re
+import shutil
+import subprocess
 import sys
+import time
 import numpy as np
 import pytest
 import torch
@@ -15,8 +22,7 @@ from losses import sparc_alignment
 from model import UserError
 from test_eval import TOK, make_run
 
-# six panels of 280 with margins; a title and two lines of tokens
-ROW = (6 * 290 + 10, 280 + 3 * 22 + 10)
+SIDE, STEP, LETTER = visualize.SIDE, visualize.SIDE + visualize.MARGIN, 28  # of panels, of a line
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +47,20 @@ def draw(run, tmp_path, monkeypatch):
 
 def aligned(run, **options):
     """What align returns for one scene, then the scene's patches (1,P,D) and tokens (1,L,D)."""
-    model, tok, args = evaluation.load_run(run)
+    opened, = visualize.open_runs([run])
     for name, value in options.items():
-        setattr(args, name, value)
+        setattr(opened.args, name, value)
     scene = Scenes(1, 0, 56, "test")[0]
-    _, V = evaluation.encode_images(model, [scene["image"]])
-    _, T, _ = evaluation.encode_texts(model, tok, [scene["caption"]])
-    return visualize.align(model, tok, args, scene["image"], scene["caption"]), scene, V, T
+    _, V = evaluation.encode_images(opened.model, [scene["image"]])
+    _, T, _ = evaluation.encode_texts(opened.model, opened.tok, [scene["caption"]])
+    return visualize.align(opened, scene["image"], scene["caption"]), scene, V, T
 
 
 @pytest.mark.parametrize("loss", ["clip", "sparc", "filip"])
 def test_best_tokens_are_the_loops(run, loss):
     """The grid goes by cosine for every objective; similarities are cosines for FILIP alone."""
-    (s, name, best, tokens), scene, V, T = aligned(run, loss=loss)
+    a, scene, V, T = aligned(run, loss=loss)
+    s, name, best, tokens = a.shown, a.name, a.best, a.tokens
     assert tokens == ["[BOS]", *scene["caption"].split(), "[EOS]"]
     assert s.shape == (len(tokens), 49) and len(tokens) == T.shape[1]
     for p in range(49):
@@ -64,12 +71,15 @@ def test_best_tokens_are_the_loops(run, loss):
         if loss == "clip":
             assert np.allclose(s[:, p], [word @ V[0, p] for word in T[0]], atol=1e-4)
     assert (name == "similarity") == (loss != "sparc")
+    products = torch.nn.functional.normalize(T[0], dim=1) @ (V[0] / V[0].norm(dim=1)[:, None]).T
+    assert torch.allclose(a.products, products if loss == "filip" else T[0] @ V[0].T, atol=1e-4)
 
 
 @pytest.mark.parametrize("sigma", [0.5, "1/P", 0.0])
 def test_sparc_shows_its_weights(run, sigma):
     """After eqs. 3 and 4 with the run's sigma, not the similarities of eq. 2."""
-    (s, name, _, _), _, V, T = aligned(run, sigma=sigma)
+    a, _, V, T = aligned(run, sigma=sigma)
+    s, name = a.shown, a.name
     number = 1 / 49 if sigma == "1/P" else sigma
     assert name == "weights, eqs. 3 and 4"
     for row, word in zip(s, T[0]):
@@ -82,25 +92,55 @@ def test_sparc_shows_its_weights(run, sigma):
 
 
 def test_the_softmax_ablation_shows_its_weights(run):
-    (s, name, _, _), _, V, T = aligned(run, softmax=True)
-    assert name == "softmax weights"
-    assert torch.allclose(s, sparc_alignment(V, T, softmax=True)[0])
+    a, _, V, T = aligned(run, softmax=True)
+    assert a.name == "softmax weights"
+    assert torch.allclose(a.shown, sparc_alignment(V, T, softmax=True)[0])
 
 
-def test_a_panel_says_what_it_shows(run, monkeypatch):
-    """Each word's title names the weights or the similarity."""
-    titles, original = [], visualize.ImageDraw.ImageDraw.text
+def spy_on_text(monkeypatch):
+    """-> a list that fills with every text that is drawn."""
+    said, original = [], visualize.letters
 
-    def spy(self, at, text, *more, **options):
-        titles.append(text)
-        return original(self, at, text, *more, **options)
-    monkeypatch.setattr(visualize.ImageDraw.ImageDraw, "text", spy)
-    model, tok, args = evaluation.load_run(run)
-    for loss, name in (("sparc", "weights, eqs. 3 and 4"), ("clip", "similarity")):
-        args.loss = loss
-        picture, words = Image.new("RGB", (56, 56)), [("red", [2])]
-        visualize.draw_row(model, tok, args, picture, "a red star", words)
-        assert f"red: {name}" in titles
+    def spy(text, *more, **options):
+        said.append(text)
+        return original(text, *more, **options)
+    monkeypatch.setattr(visualize, "letters", spy)
+    return said
+
+
+def test_the_sheet_says_what_it_shows(run, tmp_path, monkeypatch):
+    """The legend names weights or similarity, and the marks where the truth is known."""
+    said = spy_on_text(monkeypatch)
+    for loss, name in (("sparc", "weights, eqs. 3 and 4 (dark: an equal share"),
+                       ("clip", "similarity (dark: the word's mean")):
+        made = make_run(tmp_path / loss, loss=loss)
+        visualize.draw_run(made, n=1)
+        assert name in " ".join(said) and "Tick: its best patch is on it." in " ".join(said)
+        said.clear()
+    sample = visualize.Sample(Image.new("RGB", (56, 56)), "a red star")
+    visualize.draw_run(run, own=sample, out=str(tmp_path / "own.png"))
+    assert "Dot: the word's best patch." in " ".join(said) and "White" not in said
+
+
+def test_a_word_without_an_opinion_stays_dark(run):
+    """Weights: 1 / P is dark, 4 / P half bright, 16 / P and more fully. Similarities: the distance
+    above the word's mean, as a share of the largest among all words, not of the word's own."""
+    a = aligned(run)[0]
+    word = torch.tensor([0, 1, 2, 4, 8, 16, 20]) / 49
+    word = torch.cat([word, torch.zeros(42)])
+    shown = visualize.brightness(word, a)
+    assert torch.allclose(shown[:7], torch.tensor([0, 0, .25, .5, .75, 1, 1]), atol=1e-5)
+    assert shown[7:].max() == 0
+    b = aligned(run, loss="filip")[0]
+    b.shown[1:-1] = torch.linspace(0, 0.01, 49)  # hardly an opinion
+    b.shown[3] = torch.linspace(0, 1, 49) ** 2
+    most = b.shown[3].max() - b.shown[3].mean()
+    for l in (2, 3):
+        slow = [max(0, x - b.shown[l].mean().item()) / most for x in b.shown[l].tolist()]
+        assert torch.allclose(visualize.brightness(b.shown[l], b), torch.tensor(slow), atol=1e-5)
+    assert visualize.brightness(b.shown[2], b).max() < 0.01
+    b.shown[:] = 0.5
+    assert visualize.brightness(b.shown[2], b).max() == 0  # and no NaN
 
 
 def test_marked_patches_are_bright():
@@ -111,38 +151,87 @@ def test_marked_patches_are_bright():
     assert panel.shape == (280, 280) and light[marked].min() > 128 > 118 > light[~marked].max()
 
 
-def test_word_panel_frames_the_best_patch():
-    s, black = torch.linspace(-1, 0, 49), Image.new("RGB", (280, 280))
-    s[17] = 3  # row 2, column 3
-    panel = np.asarray(visualize.word_panel(black, s, 7))
-    white = (panel == 255).all(2)
-    assert white[81, 121:159].all() and white[81:119, 121].all()
-    assert not white[84:116, 124:156].any()
-    assert white.sum() == white[80:121, 120:161].sum()
-    alike = np.asarray(visualize.word_panel(black, torch.zeros(49), 7))
-    assert np.isfinite(alike).all()
+def test_light_is_where_the_word_looks():
+    """A patch keeps its share of the picture's light: DIM at 0, all of it at 1."""
+    x, grey = torch.linspace(0, 1, 49), Image.new("RGB", (SIDE, SIDE), (200,) * 3)
+    panel = np.asarray(visualize.spotlight(grey, x, 7)).astype(float)
+    for p, number in enumerate(x.tolist()):
+        patch = panel[p // 7 * 40:p // 7 * 40 + 40, p % 7 * 40:p % 7 * 40 + 40]
+        assert patch.std() == 0
+        assert abs(patch.mean() - 200 * (visualize.DIM + (1 - visualize.DIM) * number)) < 1.5
+
+
+def test_outline_and_mark_of_a_word():
+    """White around the object, black around that, the object as it was; the mark's colour and place
+    tell the best patch, hit or not."""
+    mask = torch.zeros(56, 56, dtype=torch.bool)
+    mask[16:32, 8:24] = True  # pixels 80:160, 40:120 of the panel
+    red = Image.new("RGB", (SIDE, SIDE), (255, 0, 0))
+    for hit, ink in ((True, visualize.BLUE), (False, visualize.ORANGE), (None, (0, 0, 0))):
+        panel = np.asarray(visualize.word_panel(red, torch.ones(49), 48, 7, hit, mask))
+        assert (panel[80:160, 40:120] == (255, 0, 0)).all()
+        white = (panel == 255).all(2)
+        assert white[78:80, 38:122].all() and white[160:162, 38:122].all()
+        assert white[80:160, 37:40].all() and not panel[75:77, 50:110].any()
+        assert (panel[248:252, 260] == ink).all() or (panel[260, 267:271] == ink).any()
+        assert (panel[:70, :] == (255, 0, 0)).all()
+
+
+def test_outline_of_the_page_is_the_border():
+    """Each unit of the path separates a pixel of the object from one that is none, and all do."""
+    mask = torch.rand(9, 7, generator=torch.Generator().manual_seed(0)) > 0.5
+    steps = re.findall(r"M(\d+) (\d+)([hv])1", visualize.outline_path(mask))
+    found = {(int(x), int(y), way) for x, y, way in steps}
+    inside = {(x, y) for y, x in mask.nonzero().tolist()}
+    slow = {(x, y, "h") for x in range(7) for y in range(10)
+            if ((x, y) in inside) != ((x, y - 1) in inside)}
+    slow |= {(x, y, "v") for x in range(8) for y in range(9)
+             if ((x, y) in inside) != ((x - 1, y) in inside)}
+    assert found == slow and len(steps) == len(slow)
+
+
+def test_hits_are_the_loop(run):
+    """A word's best patch lies on its object if that covers a quarter of it; so for the chance."""
+    opened, = visualize.open_runs([run])
+    sample, = visualize.collect(opened, "scenes", None, 1, 3)
+    a = visualize.align(opened, sample.image, sample.text)
+    _, panels, hits, _ = visualize.align_row(opened, sample, "crop", False, "")
+    assert len(sample.wanted) == 4 == len(hits) and len(panels) == 5
+    words = visualize.find_words(opened.tok, sample.text, sample.wanted)
+    for (word, (l,)), (hit, chance) in zip(words, hits):
+        mask = sample.masks[sample.things[word]].float()
+        on = [mask[p // 7 * 8:p // 7 * 8 + 8, p % 7 * 8:p % 7 * 8 + 8].mean() >= 0.25
+              for p in range(49)]
+        assert hit == on[int(a.shown[l].argmax())] and chance == pytest.approx(sum(on) / 49)
 
 
 def spy_on_panels(monkeypatch):
-    """-> a list that fills with the weights (P,) of each word's panel."""
-    shown, original = [], visualize.word_panel
+    """-> a list that fills with what each word's panel shows (P,)."""
+    shown, original = [], visualize.brightness
 
-    def spy(picture, s, grid):
-        shown.append(s)
-        return original(picture, s, grid)
-    monkeypatch.setattr(visualize, "word_panel", spy)
+    def spy(word, aligned):
+        shown.append(word)
+        return original(word, aligned)
+    monkeypatch.setattr(visualize, "brightness", spy)
     return shown
 
 
 def test_a_word_of_several_tokens_shows_their_mean(run, monkeypatch):
     shown, text = spy_on_panels(monkeypatch), "a giraffe and a red star"
-    model, tok, args = evaluation.load_run(run)
+    opened, = visualize.open_runs([run])
     picture = Image.new("RGB", (56, 56), "teal")
-    words = visualize.find_words(TOK, text, ["giraffe"])
-    visualize.draw_row(model, tok, args, picture, text, words)
-    s = visualize.align(model, tok, args, picture, text)[0]
-    (_, at), = words
+    visualize.align_row(opened, visualize.Sample(picture, text, ["giraffe"]), "crop", False, "")
+    s = visualize.align(opened, picture, text).shown
+    (_, at), = visualize.find_words(TOK, text, ["giraffe"])
     assert len(at) > 1 and torch.allclose(shown[0], sum(s[p] for p in at) / len(at))
+
+
+def test_every_token_of_a_patch_figure_where_filip_is(tmp_path, run):
+    """FILIP's Figure 2 has its panel, with numbered tokens, if one of the runs was trained so."""
+    filip = make_run(tmp_path / "filip", loss="clip+filip")
+    plain = Image.open(visualize.draw_run(run, n=1)[0])
+    both = Image.open(visualize.draw_run([run, filip], n=1)[0])
+    assert plain.width == 5 * STEP + 30 and both.width == 6 * STEP + 30
 
 
 def test_every_word_has_a_panel_and_lost_ones_a_message(draw, monkeypatch, capsys):
@@ -150,7 +239,9 @@ def test_every_word_has_a_panel_and_lost_ones_a_message(draw, monkeypatch, capsy
     words = "red star blue ring green moon pink heart cyan cross".split()
     shown = spy_on_panels(monkeypatch)
     picture = draw("--text", " ".join(words), "--words", *words)
-    assert len(shown) == 10 and picture.size == (ROW[0], ROW[1] + 302)
+    assert len(shown) == 10 and picture.width == 6 * STEP + 30
+    panels = np.asarray(picture)[:, ::STEP]
+    assert 2 * SIDE < picture.height < 3 * SIDE and panels.std() > 0
     assert "tokens" not in capsys.readouterr().err
     draw("--text", " ".join(words * 4), "--words", "cross", "star")
     assert len(shown) == 10 + 3 + 3
@@ -158,36 +249,39 @@ def test_every_word_has_a_panel_and_lost_ones_a_message(draw, monkeypatch, capsy
 
 
 def test_wide_pictures_are_cut_or_padded(draw, monkeypatch, capsys):
-    """The panel's title and a message say so; --fit pad shows all of it, on white."""
-    titles, original = [], visualize.ImageDraw.ImageDraw.text
-
-    def spy(self, at, text, *more, **options):
-        titles.append(text)
-        return original(self, at, text, *more, **options)
-    monkeypatch.setattr(visualize.ImageDraw.ImageDraw, "text", spy)
+    """The text above and a message say so; --fit pad shows all of it, on white."""
+    said = spy_on_text(monkeypatch)
     cut = np.asarray(draw("--text", "a dog"))
-    assert "the middle 60% of the picture" in titles
+    assert "(the middle 60% of the picture)" in said
     assert "own.png is cut to a square: --fit pad shows all" in capsys.readouterr().err
-    titles.clear()
+    said.clear()
     whole = np.asarray(draw("--text", "a dog", "--fit", "pad"))
-    assert not any("middle" in title for title in titles) and not capsys.readouterr().err
-    assert (whole[24:70, 10:290] == 255).all() and not (cut[24:70, 10:290] == 255).all()
+    assert not any("middle" in text for text in said) and not capsys.readouterr().err
+    top = 20 + LETTER + 20 + LETTER  # of the first panel
+    assert (whole[top:top + 50, 20:20 + SIDE] == 255).all()
+    assert not (cut[top:top + 50, 20:20 + SIDE] == 255).all()
 
 
 def test_scenes_and_csv(run, tmp_path):
+    """The sheet has the first three pictures, the page all; a bad row is skipped."""
     first = visualize.draw_run(run, n=2)
-    assert first == [os.path.join(run, "align.png")]
-    assert Image.open(first[0]).size == (ROW[0], 2 * ROW[1])
-    again, = visualize.draw_run(run, n=2, out=str(tmp_path / "again.png"))
+    assert first == [os.path.join(run, "align.png"), os.path.join(run, "align.html")]
+    page = pathlib.Path(first[1]).read_text()
+    assert page.count("data:image/png;base64") == 2 and "http" not in page
+    again, _ = visualize.draw_run(run, n=2, out=str(tmp_path / "again.png"))
     assert open(first[0], "rb").read() == open(again, "rb").read()
+    more = visualize.draw_run(run, n=4)
+    row = 2 * LETTER + SIDE + 40  # caption, titles, panels, and two gaps
+    assert 3 * row < Image.open(more[0]).height < 4 * row
+    assert pathlib.Path(more[1]).read_text().count("data:image/png;base64") == 4
     Image.new("RGB", (90, 60), "teal").save(tmp_path / "a.png")
     (tmp_path / "d.csv").write_text("image,caption\na.png,a dog on the beach\n")
     target = str(tmp_path / "csv.png")
-    path, = visualize.draw_run(run, str(tmp_path / "d.csv"), n=6, out=target)
-    assert Image.open(path).size == ROW  # one picture, though six were asked for
+    path, _ = visualize.draw_run(run, str(tmp_path / "d.csv"), n=6, out=target)
+    assert SIDE < Image.open(path).height < 2 * SIDE  # one picture, though six were asked for
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "d.csv").write_text("image,caption\nbad.png,a hole\na.png,a dog on the beach\n")
-    again, = visualize.draw_run(run, str(tmp_path / "d.csv"), n=1, out=str(tmp_path / "b.png"))
+    again, _ = visualize.draw_run(run, str(tmp_path / "d.csv"), n=1, out=str(tmp_path / "b.png"))
     assert open(again, "rb").read() == open(path, "rb").read()
     (tmp_path / "d.csv").write_text("image,caption\nbad.png,a hole\n")
     with pytest.raises(UserError, match="no picture that can be read .*bad.png"):
@@ -201,13 +295,54 @@ def test_own_picture(draw, capsys, tmp_path):
     one = draw("--text", "A Dog on the beach", "--words", "DOG", out="one.png")
     every = draw("--text", "a dog on the beach")
     printed = capsys.readouterr().out.split()
-    assert printed == [str(tmp_path / "one.png"), str(tmp_path / "out.png")]
-    assert one.size == every.size == ROW
-    one, every = np.asarray(one), np.asarray(every)
-    for row, filled in ((one, 3), (every, 4)):
-        panels = [row[30:300, 10 + 290 * k:290 + 290 * k].std() > 0 for k in range(6)]
-        assert panels == [True] * filled + [False] * (6 - filled)
-    assert np.array_equal(one[22:302, :290], every[22:302, :290])
+    assert printed == [str(tmp_path / name) for name in ("one.png", "one.html", "out.png",
+                                                         "out.html")]
+    assert one.size == every.size == (4 * STEP + 30, one.height)
+    one, every, top = np.asarray(one), np.asarray(every), 20 + LETTER + 20 + LETTER
+    for row, filled in ((one, 2), (every, 3)):
+        panels = [row[top:top + SIDE, 20 + STEP * k:20 + STEP * k + SIDE].std() > 0
+                  for k in range(4)]
+        assert panels == [True] * filled + [False] * (4 - filled)
+    assert np.array_equal(one[top:top + SIDE, 20:300], every[top:top + SIDE, 20:300])
+
+
+def test_long_texts_lose_nothing():
+    """Lines break at the width, a title shrinks: all ink lies inside, with white around."""
+    words = visualize.lines("supercalifragilistic " * 40)
+    strip = visualize.flow(words, 900)
+    assert strip.width == 900 and strip.height > 40 / 4 * LETTER
+    ink = np.asarray(strip.convert("L")) < 128
+    assert not ink[:, -2:].any()
+    assert ink.sum() == 40 * (np.asarray(words[0].convert("L")) < 128).sum()
+    title = np.asarray(visualize.letters("a giraffe and " * 4 + "end", most=SIDE).convert("L"))
+    assert title.shape[1] == SIDE and (title[:, :20] < 200).any() and (title[:, -20:] < 200).any()
+    assert (title[:, -1] > 200).all()
+
+
+def test_curves(run, tmp_path, monkeypatch):
+    """A chart for each column that has numbers, the same scale for all runs, colours by run."""
+    said, drawn = spy_on_text(monkeypatch), []
+    other = make_run(tmp_path / "other")
+    rows = "step,loss,scale,val_loss\n20,4,1,\n40,3,2,9\n60,2,3,\n"
+    for folder, text in ((run, rows), (other, rows.replace(",4,", ",8,"))):
+        (pathlib.Path(folder) / "log.csv").write_text(text)
+    original = visualize.chart
+    monkeypatch.setattr(visualize, "chart", lambda x: drawn.append(x) or original(x))
+    monkeypatch.setattr(sys, "argv", ["visualize.py", "curves", run, other, "--out",
+                                      str(tmp_path / "c.png")])
+    visualize.main()
+    assert sorted(said) == sorted([run, other, "loss", "scale", "val_loss"])
+    assert drawn[0] == [[(20, 4), (40, 3), (60, 2)], [(20, 8), (40, 3), (60, 2)]]
+    assert drawn[2] == [[(40, 9)], [(40, 9)]]
+    pixels = set(map(tuple, np.asarray(Image.open(tmp_path / "c.png")).reshape(-1, 3)))
+    assert {visualize.COLOURS[0], visualize.COLOURS[1]} <= pixels
+    paths = visualize.draw_run([run], n=1)
+    assert paths[2] == os.path.join(run, "curves.png") and os.path.isfile(paths[2])
+    page = pathlib.Path(paths[1]).read_text()
+    assert page.count("data:image/png;base64") == 2  # the scene, the charts
+    os.remove(os.path.join(run, "log.csv"))
+    with pytest.raises(UserError, match="no .*log.csv: name run folders"):
+        visualize.main()
 
 
 def test_words():
@@ -239,6 +374,9 @@ def test_words_that_are_not_there():
             visualize.find_words(TOK, "2100 ice cream on a shirt, dogs", [wanted])
     found = visualize.find_words(TOK, "Two dogs, in a man's t-shirt (blue).")
     assert [word for word, _ in found] == ["two", "dogs", "man's", "t-shirt", "blue"]
+    # the published pattern takes 'd for an ending: a word that nobody asked for is left out
+    found = visualize.find_words(TOK, "a big 'dog'")
+    assert [word for word, _ in found] == ["big"]
 
 
 @pytest.mark.parametrize("more, options, match", [
@@ -255,3 +393,251 @@ def test_refusals(draw, tmp_path, more, options, match):
         draw(*more, **options)
     assert "\n" not in str(e.value)
     assert sorted(os.listdir(tmp_path)) == ["own.png", "text.png"]
+
+
+# ---------------------------------------------------------------------- the page, in a browser
+class Browser:
+    """A headless browser, driven by debugging messages: JSON with a 0 byte behind it, by pipes."""
+    def __init__(self, program, folder):
+        (theirs_in, self.to), (self.back, theirs_out) = os.pipe(), os.pipe()
+        command = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        self.process = subprocess.Popen(
+            ["bash", "-c", command, program, "--headless", "--no-sandbox", "--disable-gpu",
+             "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"],
+            pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.number, self.rest, self.session = 0, b"", {}
+        page = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        self.session = {"sessionId": session}
+
+    def call(self, method, **params):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params} | self.session
+        os.write(self.to, json.dumps(message).encode() + b"\0")
+        answer = {}
+        while answer.get("id") != self.number:
+            while b"\0" not in self.rest:
+                received = os.read(self.back, 1 << 20)
+                assert received, "the browser has stopped"
+                self.rest += received
+            first, self.rest = self.rest.split(b"\0", 1)
+            answer = json.loads(first)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def run(self, code):
+        """The value of JavaScript."""
+        result = self.call("Runtime.evaluate", expression=code, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def open(self, path, width=1000, dark=False, touch=False):
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900,
+                  deviceScaleFactor=1, mobile=touch)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url=pathlib.Path(path).as_uri())
+        for _ in range(300):  # at most some seconds
+            if self.run("document.readyState == 'complete' && typeof build != 'undefined'"):
+                return
+            time.sleep(0.02)
+        raise AssertionError("the page's script did not run")
+
+    def centre(self, element):
+        """Scroll an element into view -> its middle."""
+        self.run(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        box = self.run(f"(b => [b.x, b.y, b.width, b.height])({element}.getBoundingClientRect())")
+        return {"x": box[0] + box[2] / 2, "y": box[1] + box[3] / 2}
+
+    def hover(self, element):
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", **self.centre(element))
+
+    def tap(self, element):
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[self.centre(element)])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def press(self, key):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
+                      windowsVirtualKeyCode={"Tab": 9}.get(key, 0))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = os.environ.get("BROWSER") or next(filter(None, map(shutil.which, names)), None)
+    if not program:
+        pytest.skip("no chromium here: the page was not tried in a browser")
+    browser = Browser(program, tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.process.kill()
+    browser.process.wait()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Three runs of one model with different losses, two scenes -> runs, samples, the page."""
+    folder = tmp_path_factory.mktemp("page")
+    folders = [make_run(folder / loss, loss=loss, sigma=0.3) for loss in ("sparc", "filip")]
+    folders.append(make_run(folder / "soft", softmax=True))
+    runs = visualize.open_runs(folders)
+    samples = [visualize.collect(run, "scenes", None, 2, 0) for run in runs]
+    return runs, samples, visualize.align_page(runs, samples, str(folder / "align.html"))
+
+
+def figure(i, rest=""):
+    return f"document.querySelectorAll('figure')[{i}]{rest}"
+
+
+def veils(browser, i):
+    """How dark each patch is on the page (P,)."""
+    return browser.run(f"[...{figure(i)}.querySelectorAll('rect:not(.frame)')]"
+                       ".map(r => Number(r.style.opacity))")
+
+
+def framed(browser, i):
+    """The number of the patch that has the frame."""
+    place = browser.run(f"{figure(i)}.querySelector('.frame').getAttribute('transform')")
+    x, y = map(int, re.findall(r"\d+", place))
+    return 7 * y + x
+
+
+def choose(browser, run, sigma=None):
+    browser.run(f"find('#run').selectedIndex = {run}; find('#run').onchange()")
+    if sigma is not None:
+        browser.run(f"find('#sigma').value = {sigma}; find('#sigma').oninput()")
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_pointing_at_a_word_lights_its_patches(browser, page, k):
+    """The dark of each patch is what align and brightness say; the frame is on the best patch; the
+    outline is that of the word's object."""
+    runs, samples, path = page
+    browser.open(path)
+    choose(browser, k)
+    for i, sample in enumerate(samples[k]):
+        a = visualize.align(runs[k], sample.image, sample.text)
+        for n, (word, at) in enumerate(visualize.find_words(TOK, sample.text, small=())):
+            browser.hover(figure(i, f".querySelectorAll('button')[{n}]"))
+            x = a.shown[at].mean(0)
+            dark = (1 - visualize.DIM) * (1 - visualize.brightness(x, a))
+            assert np.allclose(veils(browser, i), dark, atol=1e-3)
+            assert framed(browser, i) == int(x.argmax())
+            label = browser.run(figure(i, f".querySelectorAll('button')[{n}].textContent"))
+            assert label.split()[0] == word and (len(label.split()) > 1) == (word in sample.things)
+            line = browser.run(figure(i, ".querySelector('path').getAttribute('d')"))
+            things = [visualize.outline_path(mask) for mask in sample.masks]
+            assert line == (things[sample.things[word]] if word in sample.things else "")
+
+
+def test_pointing_at_a_patch_colours_its_words(browser, page):
+    runs, samples, path = page
+    browser.open(path)
+    sample, a = samples[0][1], visualize.align(runs[0], samples[0][1].image, samples[0][1].text)
+    for p in (0, 24, 47):
+        browser.hover(figure(1, f".querySelectorAll('rect')[{p}]"))
+        light = browser.run(f"[...{figure(1)}.querySelectorAll('button')]"
+                            ".map(b => Number(b.style.getPropertyValue('--light')))")
+        words = visualize.find_words(TOK, sample.text, small=())
+        slow = [visualize.brightness(a.shown[at].mean(0), a)[p] for _, at in words]
+        assert np.allclose(light, slow, atol=1e-4) and framed(browser, 1) == p
+        said = browser.run(figure(1, ".querySelector('p').textContent"))
+        assert said.startswith(f"row {p // 7 + 1}, column {p % 7 + 1}: ")
+        assert all(word in said for (word, _), x in zip(words, slow) if x > 1e-3)
+
+
+@pytest.mark.parametrize("sigma", [0, 0.25, 0.6, 1])
+def test_the_slider_is_sparc_alignment(browser, page, sigma):
+    """Eqs. 2 to 4 in the page's script, for any sigma, by the slider and on the sheet's words."""
+    runs, samples, path = page
+    browser.open(path)
+    choose(browser, 0, sigma)
+    sample = samples[0][0]
+    _, V = evaluation.encode_images(runs[0].model, [sample.image])
+    _, T, _ = evaluation.encode_texts(runs[0].model, runs[0].tok, [sample.text])
+    a = sparc_alignment(V, T, sigma)[0]
+    words = visualize.find_words(TOK, sample.text, small=())
+    for n, (word, at) in enumerate(words):
+        shown = browser.run(f"Object.values(data.runs[0].views[0].words[{n}].shown)")
+        assert np.allclose(shown, a[at].mean(0), atol=1e-5)
+    tied = browser.run("Object.values(weights(new Float32Array([2, 2, 2, 2]), 0.5, false))")
+    assert tied == [0.25] * 4
+    assert browser.run("find('#number').value") == f"{sigma:.3f}"
+    assert not browser.run("find('#sigma').disabled")
+
+
+def test_hits_are_counted_and_runs_switch(browser, page):
+    runs, samples, path = page
+    browser.open(path)
+    for k, run in enumerate(runs):
+        choose(browser, k)
+        hits = [hit for sample in samples[k]
+                for hit in visualize.align_row(run, sample, "crop", False, "")[2]]
+        said = browser.run("find('#score').textContent")
+        assert said.startswith(f"{sum(hit for hit, _ in hits)} of {len(hits)} words")
+        ticks = browser.run("[...document.querySelectorAll('button')].map(b => b.textContent)")
+        assert sum("\u2713" in text for text in ticks) == sum(hit for hit, _ in hits)
+        assert browser.run("find('#sigma').disabled") == (run.name != "sparc")
+    assert browser.run("[...find('#run').options].map(o => o.text)") == ["sparc", "filip", "soft"]
+
+
+def test_the_page_by_keyboard(browser, page):
+    """Tab reaches run, slider, each picture, each word; arrow keys move between patches."""
+    browser.open(page[2])
+    reached = []
+    for _ in range(5):
+        browser.press("Tab")
+        reached.append(browser.run("document.activeElement.id || document.activeElement.tagName"))
+    assert reached[:3] == ["run", "sigma", "svg"] and reached[3:] == ["BUTTON", "BUTTON"]
+    assert browser.run(figure(0, ".querySelectorAll('button')[1].ariaPressed")) == "true"
+    assert max(veils(browser, 0)) > 0
+    browser.run(figure(0, ".querySelector('svg').focus()"))
+    for key in ("ArrowRight", "ArrowDown", "ArrowRight", "ArrowUp", "ArrowUp", "ArrowDown"):
+        browser.press(key)
+    assert framed(browser, 0) == 8  # 0, 7, 8, 1, no way up, 8
+    assert "row 2, column 2" in browser.run(figure(0, ".querySelector('p').textContent"))
+
+
+def test_the_page_by_touch_on_a_small_dark_screen(browser, page):
+    browser.open(page[2], width=360, dark=True, touch=True)
+    assert browser.run("document.documentElement.scrollWidth") == 360
+    browser.tap(figure(1, ".querySelectorAll('button')[2]"))
+    assert browser.run(figure(1, ".querySelectorAll('button')[2].ariaPressed")) == "true"
+    browser.tap(figure(1, ".querySelectorAll('rect')[30]"))
+    assert framed(browser, 1) == 30 and max(veils(browser, 1)) == 0
+    sizes = browser.run("[...document.querySelectorAll('button')].map(b => b.offsetHeight)")
+    assert min(sizes) >= 36
+    ink, ground = (browser.run(f"getComputedStyle(document.body).{x}")
+                   for x in ("color", "colorScheme"))
+    assert ink == "rgb(255, 255, 255)" and ground == "light dark"
+
+
+def test_the_page_speaks(browser, page):
+    """Everything that can be focused has a name, and what is shown is said."""
+    browser.open(page[2])
+    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+    named = [node for node in nodes if not node["ignored"] and node["role"]["value"] in
+             ("button", "slider", "combobox", "image", "img")]
+    assert len(named) > 12 and all(node["name"]["value"].strip() for node in named)
+    live = browser.run("document.querySelectorAll('[aria-live], [role=status]').length")
+    assert live == 3
+
+
+def test_no_text_breaks_the_page(browser, run, tmp_path):
+    """Words of HTML in a caption are words; nothing is fetched; six pictures stay below 1 MB."""
+    opened = visualize.open_runs([run])
+    noise = np.random.RandomState(0).randint(0, 255, (40, 60, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise).resize((600, 400), Image.Resampling.BICUBIC)
+    sample = visualize.Sample(photo, "</script> <b> &\u4e2d @DATA@")
+    path = visualize.align_page(opened, [[sample] * 6], str(tmp_path / "p.html"))
+    assert os.path.getsize(path) < 1e6
+    browser.open(path)
+    words = browser.run("[...document.querySelectorAll('figure')[0].querySelectorAll('button')]"
+                        ".map(b => b.textContent)")
+    assert words == ["</script>", "<b>", "&\u4e2d", "@data@"]
+    assert browser.run("document.querySelectorAll('figure img, figure b').length") == 0
+    assert browser.run("performance.getEntriesByType('resource').filter("
+                       "e => !e.name.startsWith('data:')).length") == 0
