@@ -2,26 +2,33 @@
 
     python eval.py runs/sparc                     # 1,000 test scenes: a table and metrics.json
     python eval.py runs/sparc runs/clip --data photos/test.csv    # real pictures, side by side
+    python eval.py runs/clip-0 runs/clip-1 runs/clip-2 --markdown # mean and deviation over seeds
     python eval.py cost                           # a step at full size, beside the papers' tables
 
-Covers: FILIP 3.1.2 (similarities averaged over prompts), 4.2, 4.3, Table 5; SPARC 4.2, 4.3, the
-segmentation of 4.5 and D.7, Table 12; of SPARC D.5 the formula of the prompts (eq. 9), not their
-lists.
+Covers: FILIP 3.1.2 (similarities averaged over prompts), 4.2, 4.3, Table 5; SPARC 4.2 to 4.4, 4.5's
+segmentation (D.7), Tables 7 and 12; of SPARC D.5 the formula of the prompts (eq. 9), no lists.
 
-Percentages, except the local losses (nats) and the cost:
+Percentages, except the local losses (nats) and the cost. "n" has the number of values of each mean,
+"interval" the middle 95% of its bootstrap over test pictures:
     retrieval       R@k: the true partner is among the k best; ties count against the model. A
                     picture may find any of its captions, each caption must find its picture. Equal
                     texts count as one, which belongs to all of their pictures and may find any
-    classification  top-1 of 8 shapes and 8 colours, on scenes of one object; of a folder of class
-                    folders, top-1 of the classes, by their captions
+    classification  top-1 of 8 shapes and 8 colours, on scenes of one object, by two prompts; _one:
+                    by one; _it: with "I like it" and the like. Of class folders, by their captions
     segmentation    each patch gets the class of the closest text, an object's or the background's.
-                    miou: mean over the objects, in pixels. patch_acc: patches on an object
+                    miou: mean over the objects, in pixels. patch_acc: patches on an object.
+                    miou_objects: without the background's text, so that no patch is left over
     alignment       colour_word_acc, shape_word_acc: a word's best patch lies on the object that it
                     names, which covers a quarter of it or more (chance: a random patch).
                     patch_word_acc: the best word of a patch on an object names that object.
-                    local_gap: the local loss (SPARC's, MGCA's CTA) of shuffled pictures minus
-                    that of the right ones. It is near 0 if the loss ignores the picture
-    composition     swap_acc: the caption scores above that with two colours exchanged (chance 50)
+                    drop_k2 ... drop_k4: how far the k-th highest weight of a token on the patches
+                    is below the highest. local_gap: the local loss (SPARC's, MGCA's CTA) of
+                    shuffled pictures minus that of the right ones. Near 0 it ignores the picture
+    faithfulness    k_p: words of the best caption that the picture's own captions have; k_pna: of
+                    its nouns and adjectives (on files by a rule: content_words)
+    composition     swap_acc: the caption scores above that with two colours exchanged (chance 50).
+                    unseen_: of scenes with a pair of colour and shape that training never shows.
+                    count_acc: the text of 1 to 4 objects fits the picture best (chance 25)
     cost            steps, milliseconds a step (with validation), the most memory held in MB
 
 Differs from the papers: segmentation's classes are whole phrases ("a small red star"; "on sand" is
@@ -33,6 +40,7 @@ SPARC's Tables 9 and 10 put CLIP+FILIP beside CLIP.
 """
 import argparse
 import collections
+import contextlib
 import csv
 import functools
 import hashlib
@@ -40,11 +48,15 @@ import json
 import math
 import os
 import pathlib
+import re
+import statistics
+import sys
+import numpy as np
 import torch
 from tqdm import tqdm
-from data import COLOURS, SHAPES, BadRow, Scenes, Tokenizer, center_crop, normalize, open_dataset
-from data import start_image, to_tensor, word_tokens
-from losses import DTYPES, OBJECTIVES, unit
+from data import COLOURS, SHAPES, BadRow, Scenes, Tokenizer, center_crop, join, normalize
+from data import open_dataset, start_image, to_tensor, word_tokens
+from losses import DTYPES, OBJECTIVES, late_blocks, sparc_alignment, unit
 from model import CLIP, DEVICES, UserError, clean, pick_device, write
 
 
@@ -184,20 +196,25 @@ def encode_texts(model, tok, texts, batch=500):
 
 # -------------------------------------- metrics: functions of tensors, each usable by itself
 @torch.no_grad()
-def similarities(objective, v, V, t, T, M, rows=16):
+def similarities(objective, v, V, t, T, M, elements=1 << 20):
     """All pictures with all texts -> (ranking texts, ranking pictures), both (B,C).
-    objective: a record of losses.py. v (B,D), V (B,P,D), t (C,D), T (C,L,D), M (C,L).
-    Late interaction takes `rows` pictures at a time, so that it fits in memory."""
+    objective: a record of losses.py. v (B,D), V (B,P,D), t (C,D), T (C,L,D), M (C,L). For late
+    interaction, losses.filip_similarity, so many products at a time, which fit in a cache."""
     if not objective.late:
         return objective.score(v, V, t, T, M)
-    blocks = [objective.score(*block, t, T, M) for block in zip(v.split(rows), V.split(rows))]
-    return tuple(map(torch.cat, zip(*blocks)))
+    V, T, share = unit(V), unit(T), M.T / M.sum(1)  # (L, C): of a word in its text's mean
+    out = share.new_empty(2, len(V), len(T))
+    for texts, _, L, words, pictures in late_blocks(V, T, M, elements):
+        for b in pictures:
+            s = (V[b].flatten(0, 1) @ words.T).view(-1, V.shape[1], L, len(texts))  # (b, P, L, c)
+            out[0, b, texts] = s.amax(2).to(out.dtype).mean(1)
+            out[1, b, texts] = (s.amax(1) * share[:L, texts]).sum(1)
+    return tuple(out)
 
 
-def retrieval(s_i2t, s_t2i, owner, number=None):
-    """R@1, R@5 and R@10 both ways, in per cent. FILIP 4.3, Table 2; SPARC 4.3, Tables 1 and 11.
-    s_i2t, s_t2i (B,C) similarities of pictures and texts; owner (C,) the picture of each text;
-    number (C,) below C: equal texts have the same. They count as one, of all their pictures."""
+def partner_ranks(s_i2t, s_t2i, owner, number=None):
+    """How many strangers score no lower than the best true partner: of pictures (B,), of texts (C,)
+    Ties and NaN count against the model. Inputs: see retrieval."""
     each = torch.arange(len(owner))
     number = each if number is None else number.cpu()
     first = each.scatter_reduce(0, number, each, "amin", include_self=False)[number] == each
@@ -208,9 +225,36 @@ def retrieval(s_i2t, s_t2i, owner, number=None):
     ranks = []
     for s, dim, counts in ((s_i2t, 1, first), (s_t2i, 0, first | True)):
         best = s.masked_fill(~own, -torch.inf).amax(dim, keepdim=True)
-        ranks.append((~(s < best) & ~own & counts).sum(dim))  # strangers not below it, NaN too
-    return {f"{way}_r{k}": 100 * (rank < k).sum().item() / len(rank)
-            for way, rank in zip(("i2t", "t2i"), ranks) for k in (1, 5, 10)}
+        ranks.append((~(s < best) & ~own & counts).sum(dim))
+    return ranks
+
+
+def recall_hits(ranks, owner):
+    """partner_ranks -> {"i2t_r1": [[hit] of each picture], "t2i_r1": [its texts' hits], ...}. The
+    texts stand in the order of their pictures, owner (C,)."""
+    sizes = 1, owner.bincount().tolist()
+    return {f"{way}_r{k}": [hits.tolist() for hits in (rank < k).split(size)]
+            for way, rank, size in zip(("i2t", "t2i"), ranks, sizes) for k in (1, 5, 10)}
+
+
+def retrieval(s_i2t, s_t2i, owner, number=None):
+    """R@1, R@5 and R@10 both ways, in per cent. FILIP 4.3, Table 2; SPARC 4.3, Tables 1 and 11.
+    s_i2t, s_t2i (B,C) similarities of pictures and texts; owner (C,) the picture of each text;
+    number (C,) below C: equal texts have the same. They count as one, of all their pictures."""
+    rows = recall_hits(partner_ranks(s_i2t, s_t2i, owner, number), owner)
+    return {key: percent(flat(found)) for key, found in rows.items()}
+
+
+def k_precision(s_i2t, words, own):
+    """Of the text that scores highest for a picture, the share of its words that the picture's own
+    texts have: [[share] of each picture], of texts that tie the mean. SPARC 4.4, Table 2.
+    s_i2t (B,C); words: a list for each text; own: a set for each picture."""
+    rows = []
+    for s, known in zip(s_i2t, own):
+        best = (~(s < s.max())).nonzero()[:, 0].tolist()  # with a NaN all texts tie
+        shares = [sum(w in known for w in words[c]) / len(words[c]) for c in best if words[c]]
+        rows.append([statistics.fmean(shares)] if shares else [])
+    return rows
 
 
 @torch.no_grad()
@@ -283,6 +327,23 @@ def best_words(V, T, M):
     return cosine.masked_fill(~M[..., None], -torch.inf).argmax(1)
 
 
+def attention(args, V, T, M):
+    """Weights of each word on its own picture's patches (B,L,P), as the loss of a sparc or gloria
+    run computes them. V (B,P,D), T (B,L,D), M (B,L)."""
+    if args.loss == "sparc":
+        own = {k: x for k, x in loss_options(args).items() if k in ("sigma", "softmax")}
+        return sparc_alignment(V, T, **own)
+    s = torch.einsum("bld,bpd->blp", T, V) / V.shape[-1] ** 0.5
+    return (4 * s.masked_fill(~M[..., None], -torch.inf).softmax(1)).softmax(2)
+
+
+def weight_drops(a, M):
+    """(h_1 - h_k) / h_1, k = 2, 3, 4 -> (N,3), of the N real tokens of all texts; h_k is a token's
+    k-th highest weight. SPARC 4.7, Table 7. a (B,L,P) weights on 4 patches or more, M (B,L)."""
+    h = a[M].topk(4).values  # (N, 4)
+    return 1 - h[:, 1:] / h[:, :1]
+
+
 @torch.no_grad()
 def local_gap(objective, head, options, scale, v, V, t, T, M, batch=250):
     """Mean local loss of the right pairs, of pairs with shuffled pictures, the difference; in nats.
@@ -300,13 +361,19 @@ def local_gap(objective, head, options, scale, v, V, t, T, M, batch=250):
 
 
 @torch.no_grad()
-def swap_accuracy(objective, v, V, own, swapped):
-    """Per cent of pictures whose own caption scores above the one with colours exchanged.
-    v (B,D), V (B,P,D); own, swapped: t (B,D), T (B,L,D), M (B,L). A tie is a failure."""
-    def scores(texts):
-        rows = zip(*(x.split(1) for x in (v, V, *texts)))
-        return torch.cat([objective.score(*row)[0][0] for row in rows])  # (B,)
-    return 100 * (scores(own) > scores(swapped)).sum().item() / len(v)
+def own_scores(objective, *pairs):
+    """Each picture with its own text -> (B,). pairs: v (B,D), V (B,P,D), t, T and M likewise."""
+    return torch.cat([objective.score(*row)[0][0] for row in zip(*(x.split(1) for x in pairs))])
+
+
+def interval(rows, draws=1000):
+    """The middle 95% of the mean's bootstrap over test items, in per cent -> [low, high].
+    rows: the values of each item, [[value, ...], ...], which are drawn together."""
+    sums = torch.tensor([[sum(row), len(row)] for row in rows], dtype=torch.float64)  # (N, 2)
+    g, n = torch.Generator().manual_seed(0), len(rows)
+    drawn = [sums[torch.randint(n, (n,), generator=g)].sum(0) for _ in range(draws)]
+    total, count = torch.stack(drawn).T
+    return (100 * total / count).nanquantile(total.new_tensor([0.025, 0.975])).tolist()
 
 
 # ----------------------------------------------------------------------- the metrics on scenes
@@ -314,28 +381,51 @@ def percent(hits):
     return 100 * sum(hits) / max(1, len(hits))
 
 
+def flat(rows):
+    return [x for row in rows for x in row]
+
+
+def report(measured):
+    """{group: {key: rows, see interval, or (a number, its n)}} -> metrics: {group: {key: number}},
+    and the n and the interval of each "group key"."""
+    out, n, intervals = {}, {}, {}
+    for group, key in ((group, key) for group, found in measured.items() for key in found):
+        name, rows = f"{group} {key}", measured[group][key]
+        if not isinstance(rows, tuple):
+            intervals[name] = interval(rows)
+            rows = percent(flat(rows)), len(flat(rows))
+        out.setdefault(group, {})[key], n[name] = rows
+    return out | {"n": n, "interval": intervals}
+
+
 def article(words):
     return "an" if words[0] in "aeiou" else "a"
 
 
+# prefixes and suffixes of SPARC's eq. 9: one template, an ensemble, one whose suffixes say "it"
+PROMPTS = {"_one": (["a"], [""]), "": (["a", "a small"], [""]),
+           "_it": (["a", "a small"], ["I like it", "I hate it"])}
+
+
 def scene_classes(objective, model, tok, n, seed):
-    """Zero-shot shape and colour of n scenes of one object."""
+    """Zero-shot shape and colour of n scenes of one object, by each of PROMPTS."""
     scenes = Scenes(n, seed, model.config["image_size"], "test", objects=(1, 1), unique=False)
-    specs = [scenes.spec(i) for i in range(n)]
+    specs, rows = [*map(scenes.spec, range(n))], {}
     v, V = encode_images(model, [scenes.draw(spec) for spec in specs])
-    prompts = {"shape": {x: sparc_prompts(x, ("a", "a small")) for x in SHAPES},
-               "colour": {x: sparc_prompts(f"{x} thing", (article(x), "a small")) for x in COLOURS}}
-    out = {}
-    for kind, texts in prompts.items():
-        encoded = [encode_texts(model, tok, x) for x in texts.values()]
-        names, found = list(texts), classify(objective, v, V, encoded).tolist()
-        out[kind] = percent([getattr(spec["things"][0], kind) == names[k]
-                             for spec, k in zip(specs, found)])
-    return out
+    nouns = {"shape": {x: x for x in SHAPES}, "colour": {x: f"{x} thing" for x in COLOURS}}
+    for kind, phrases in nouns.items():
+        true = [getattr(spec["things"][0], kind) for spec in specs]
+        for name, (prefixes, suffixes) in PROMPTS.items():
+            texts = [sparc_prompts(x, [article(x), *prefixes[1:]], suffixes)
+                     for x in phrases.values()]
+            found = classify(objective, v, V, [encode_texts(model, tok, some) for some in texts])
+            rows[kind + name] = [[list(phrases)[k] == x] for k, x in zip(found.tolist(), true)]
+    return rows
 
 
 def scene_segmentation(objective, model, tok, scenes, V):
-    """miou and patch_acc; V (B,P,D) are the patches of training.
+    """miou, patch_acc, and miou_objects: the same without a text for the background, which D.7 does
+    not name: only foreground classes count there. V (B,P,D) are the patches of training.
     SPARC D.7 sends them through h_v and the adapter. A loss that does not use v leaves h_v as it
     was initialised, unless patches pass through it in training."""
     if model.pool == "mean" and (objective.trains_v or model.patches_through_h):
@@ -346,22 +436,26 @@ def scene_segmentation(objective, model, tok, scenes, V):
         texts.append([f"{article(x)} {x}" for x in phrases] + [f"on {s['background']}"])
     encoded = encode_texts(model, tok, [x for group in texts for x in group])
     by_scene = zip(*(x.split([len(group) for group in texts]) for x in encoded))
-    ious, hits = [], []
+    rows = {"miou": [], "patch_acc": [], "miou_objects": []}
     for s, patches, (t, T, M) in zip(scenes, V, by_scene):
         label, masks = segment(objective, patches, t, T, M).cpu(), torch.from_numpy(s["masks"])
-        ious += object_ious(label, masks).tolist()
-        hits += patch_hits(label, patch_coverage(masks, model.visual.grid)).tolist()
-    return {"miou": percent(ious), "patch_acc": percent(hits)}
+        nearest = segment(objective, patches, t[:-1], T[:-1], M[:-1]).cpu()
+        rows["miou"].append(object_ious(label, masks).tolist())
+        rows["miou_objects"].append(object_ious(nearest, masks).tolist())
+        hits = patch_hits(label, patch_coverage(masks, model.visual.grid))
+        rows["patch_acc"].append(hits.tolist())
+    return rows
 
 
 def scene_alignment(objective, tok, scenes, grid, V, T, M):
     """colour_word_acc, shape_word_acc, chance, patch_word_acc; V (B,P,D), T (B,L,D), M (B,L)."""
     best_patch = word_patch_products(objective, V, T).argmax(2).cpu()  # (B, L)
     best_word = best_words(V, T, M).cpu()  # (B, P)
-    words, chance, patches = {"colour": [], "shape": []}, [], []
+    rows = {"colour_word_acc": [], "shape_word_acc": [], "chance": [], "patch_word_acc": []}
     for i, s in enumerate(scenes):
         cover = patch_coverage(torch.from_numpy(s["masks"]), grid)  # (N, P)
         names = torch.full((T.shape[1],), -1)  # the object that each position names
+        words, chance = {"colour": [], "shape": []}, []
         for word, at in zip(s["words"], word_tokens(tok, s["words"])):
             if at[-1] >= T.shape[1]:  # the text was cut before it
                 continue
@@ -370,32 +464,84 @@ def scene_alignment(objective, tok, scenes, grid, V, T, M):
                 hit, luck = word_hits(best_patch[i, at[-1:]], torch.tensor([word.thing]), cover)
                 words[word.kind] += hit.tolist()
                 chance += luck.tolist()
-        patches += patch_hits(names[best_word[i]], cover).tolist()
-    return {"colour_word_acc": percent(words["colour"]), "shape_word_acc": percent(words["shape"]),
-            "chance": percent(chance), "patch_word_acc": percent(patches)}
+        patches = patch_hits(names[best_word[i]], cover).tolist()
+        for row, found in zip(rows.values(), (words["colour"], words["shape"], chance, patches)):
+            row.append(found)
+    return rows
+
+
+def drop_rows(args, V, T, M, owner, texts=500):
+    """weight_drops of texts (C,) with their pictures, owner (C,). {} for losses without weights."""
+    if args.loss not in ("sparc", "gloria"):
+        return {}
+    rows = {"drop_k2": [], "drop_k3": [], "drop_k4": []}
+    for b, T, M in zip(owner.split(texts), T.split(texts), M.split(texts)):
+        drops = weight_drops(attention(args, V[b], T, M), M).split(M.sum(1).tolist())
+        for k, row in enumerate(rows.values()):
+            row += [x[:, k].tolist() for x in drops]
+    return rows
+
+
+def scene_pairs(objective, model, tok, scenes):
+    """Scenes -> features v, V, t, T, M of pictures and captions; similarities of pictures with
+    texts; {R@k: rows}; [[hit] of each that has a swapped caption]. A tie is a failure."""
+    v, V = encode_images(model, [s["image"] for s in scenes])
+    texts = encode_texts(model, tok, [s["caption"] for s in scenes])
+    owner, both = torch.arange(len(scenes), device=v.device), similarities(objective, v, V, *texts)
+    i = torch.tensor([i for i, s in enumerate(scenes) if s["swapped"]], device=v.device)
+    swapped = encode_texts(model, tok, [s["swapped"] for s in scenes if s["swapped"]])
+    own = own_scores(objective, v[i], V[i], *(x[i] for x in texts))
+    hits = own > own_scores(objective, v[i], V[i], *swapped)
+    recalls = recall_hits(partner_ranks(*both, owner), owner)
+    return (v, V, *texts), both[0], recalls, hits[:, None].tolist()
+
+
+@torch.no_grad()
+def scene_counts(objective, model, tok, n, seed):
+    """Pictures of 1 to 4 things of a scene, and texts that name them: does the text of the right
+    number score highest of the four? Chance 25; a tie is a failure. -> [[4 hits] of each scene]"""
+    scenes = Scenes(n // 4, seed, model.config["image_size"], "test", (4, 4), unique=False)
+    images, texts = [], []
+    for spec in map(scenes.spec, range(n // 4)):
+        for k in (1, 2, 3, 4):
+            things = spec["things"][:k]
+            images.append(scenes.draw(spec | {"things": things}))
+            texts.append(" and ".join(join(scenes.phrase(thing, 0)) for thing in things))
+    features = *encode_images(model, images), *encode_texts(model, tok, texts)
+    by_scene = zip(*(x.split(4) for x in features))
+    s = torch.stack([objective.score(*scene)[0] for scene in by_scene])  # (n / 4, 4, 4)
+    others = s.masked_fill(torch.eye(4, dtype=torch.bool, device=s.device), -torch.inf).amax(2)
+    return (s.diagonal(dim1=1, dim2=2) > others).tolist()
 
 
 def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
     """Every metric on n test scenes -> the dict of metrics.json. args: of load_run."""
     objective, size = OBJECTIVES[args.loss], model.config["image_size"]
-    test = Scenes(n, seed, size, "test")
-    bar = tqdm(range(n), "drawing test scenes", disable=not progress, leave=False)
-    scenes = [test[i] for i in bar]
-    v, V = encode_images(model, [s["image"] for s in scenes])
-    t, T, M = encode_texts(model, tok, [s["caption"] for s in scenes])
-    s_i2t, s_t2i = similarities(objective, v, V, t, T, M)
-    i = torch.tensor([i for i, s in enumerate(scenes) if s["swapped"]], device=v.device)
-    swapped = encode_texts(model, tok, [s["swapped"] for s in scenes if s["swapped"]])
-    swaps = swap_accuracy(objective, v[i], V[i], (t[i], T[i], M[i]), swapped)
-    out = {"retrieval": retrieval(s_i2t, s_t2i, torch.arange(n, device=v.device)),
+
+    def drawn(split):
+        bar = tqdm(range(n), f"drawing {split} scenes", disable=not progress, leave=False)
+        scenes = Scenes(n, seed, size, split)
+        return [scenes[i] for i in bar]
+    scenes = drawn("test")
+    (v, V, t, T, M), s_i2t, recalls, swaps = scene_pairs(objective, model, tok, scenes)
+    _, _, unseen, unseen_swaps = scene_pairs(objective, model, tok, drawn("composition"))
+    own = [{word.text for word in s["words"]} for s in scenes]
+    words = {"k_p": [[word.text for word in s["words"]] for s in scenes],
+             "k_pna": [[word.text for word in s["words"] if word.kind] for s in scenes]}
+    out = {"retrieval": recalls,
            "classification": scene_classes(objective, model, tok, n, seed),
            "segmentation": scene_segmentation(objective, model, tok, scenes, V),
            "alignment": scene_alignment(objective, tok, scenes, model.visual.grid, V, T, M),
-           "composition": {"swap_acc": swaps}}
+           "faithfulness": {k: k_precision(s_i2t, some, own) for k, some in words.items()},
+           "composition": {"swap_acc": swaps, "unseen_swap_acc": unseen_swaps,
+                           "unseen_i2t_r1": unseen["i2t_r1"], "unseen_t2i_r1": unseen["t2i_r1"],
+                           "count_acc": scene_counts(objective, model, tok, n, seed)}}
+    out["alignment"] |= drop_rows(args, V, T, M, torch.arange(n))
     if objective.local:
         options, scale = loss_options(args), model.logit_scale.exp()
-        out["alignment"] |= local_gap(objective, args.head, options, scale, v, V, t, T, M)
-    return out
+        gap = local_gap(objective, args.head, options, scale, v, V, t, T, M)
+        out["alignment"] |= {key: (x, n) for key, x in gap.items()}
+    return report(out)
 
 
 def encode_pairs(model, data, progress=True):
@@ -416,36 +562,84 @@ def encode_pairs(model, data, progress=True):
     return *map(torch.cat, zip(*features)), numbers, bad
 
 
-def on_pairs(model, tok, args, data, progress=True):
+FUNCTION_WORDS = set(
+    "a an the this that these those some any other all both no one two three four five i you he "
+    "she it we they them him his her its their my your who which what there where of in on at by "
+    "to for from with into onto over under up down out off as through across along around behind "
+    "near next while and or but so than not very is are was were be been has have do".split())
+
+
+def content_words(words):
+    """Nouns and adjectives by a rule in place of a tagger: all but FUNCTION_WORDS, numbers, and
+    words in -ing and -ly. So other forms of verbs (runs, sat) count, and a "building" does not."""
+    return [w for w in words if w.isalpha() and w not in FUNCTION_WORDS
+            and not w.endswith(("ing", "ly"))]
+
+
+def pair_features(model, tok, data, file=None, progress=True):
+    """Pairs -> v, V of its pictures, t, T, M of their captions, the pictures' numbers, [BadRow].
+    file: an .npz that holds these; it is read if it is there, else written. Raises UserError if it
+    is damaged, or of another model or other data."""
+    sums = [x.double().sum().item() for x in model.state_dict().values()]
+    mark = f"{data.fingerprint()} {hashlib.sha256(repr(sums).encode()).hexdigest()}"
+    if file and os.path.exists(file):
+        try:
+            saved = dict(np.load(file))
+        except Exception as e:  # numpy raises many kinds on a damaged file
+            raise UserError(f"can't read --features {file} ({first_line(e)}): delete it") from None
+        if str(saved.get("mark")) != mark:
+            raise UserError(f"--features {file} is of another model or other data: name another")
+        found = [torch.from_numpy(saved[name]).to(model.logit_scale.device) for name in "vVtTM"]
+        return *found, saved["numbers"].tolist(), [BadRow(*row) for row in saved["bad"]]
+    v, V, numbers, bad = encode_pairs(model, data, progress)
+    texts = encode_texts(model, tok, flat(data.captions[i] for i in numbers))
+
+    def save(path):
+        arrays = {name: x.cpu().numpy() for name, x in zip("vVtTM", (v, V, *texts))}
+        with open(path, "wb") as f:  # to a name savez would add .npz
+            np.savez(f, mark=mark, numbers=numbers, bad=[e.args for e in bad], **arrays)
+    if file:
+        write(file, save)
+    return v, V, *texts, numbers, bad
+
+
+def on_pairs(model, tok, args, data, progress=True, features=None):
     """Retrieval on Pairs: every picture, every caption; top-1 where folders tell classes."""
     objective = OBJECTIVES[args.loss]
-    v, V, pictures, bad = encode_pairs(model, data, progress)
-    texts = [text for i in pictures for text in data.captions[i]]
-    owner = [b for b, i in enumerate(pictures) for _ in data.captions[i]]
+    v, V, t, T, M, pictures, bad = pair_features(model, tok, data, features, progress)
+    texts = flat(data.captions[i] for i in pictures)
+    owner = flat([b] * len(data.captions[i]) for b, i in enumerate(pictures))
     owner, names = torch.tensor(owner, device=v.device), {}
     number = torch.tensor([names.setdefault(clean(text), len(names)) for text in texts])
-    s_i2t, s_t2i = similarities(objective, v, V, *encode_texts(model, tok, texts))
-    out = {"retrieval": retrieval(s_i2t, s_t2i, owner, number)}
+    s_i2t, s_t2i = similarities(objective, v, V, t, T, M)
+    words = [[w for w in tok.words.findall(clean(text)) if w[0].isalnum()] for text in texts]
+    own = [set() for _ in pictures]
+    for b, some in zip(owner.tolist(), words):
+        own[b].update(some)
+    out = {"retrieval": recall_hits(partner_ranks(s_i2t, s_t2i, owner, number), owner),
+           "faithfulness": {"k_p": k_precision(s_i2t, words, own),
+                            "k_pna": k_precision(s_i2t, [content_words(x) for x in words], own)},
+           "alignment": drop_rows(args, V, T, M, owner)}
     if data.classes:
         prompts = {data.label(i): data.captions[i] for i in pictures}
         classes = [encode_texts(model, tok, captions) for captions in prompts.values()]
         found = [list(prompts)[k] for k in classify(objective, v, V, classes).tolist()]
         hits = [data.label(i) == k for i, k in zip(pictures, found)]
-        out["classification"] = {"class": percent(hits)}
+        out["classification"] = {"class": [[hit] for hit in hits]}
     repeated = int((number.bincount()[number] > 1).sum())
     if repeated:
         print(f"note: {repeated:,} of {len(texts):,} texts repeat: equal ones count as one")
     bad = [*data.bad, *bad]
     if bad:
         print(f"note: {len(bad):,} rows are left out; the first: {bad[0]}")
-    out["about"] = {"pictures": len(v), "texts": len(texts), "texts_that_repeat": repeated,
-                    "rows_left_out": len(bad)}
-    return out
+    about = {"pictures": len(v), "texts": len(texts), "texts_that_repeat": repeated,
+             "rows_left_out": len(bad), "k_pna": "nouns and adjectives by content_words' rule"}
+    return report({group: rows for group, rows in out.items() if rows}) | {"about": about}
 
 
-def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None):
-    """Evaluate a run folder and write its metrics.json -> the metrics. data, images: what
-    data.open_dataset takes, or "scenes" (n of them); None: what the run was trained for."""
+def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None, features=None):
+    """Evaluate a run folder and write its metrics.json -> the metrics. data, images: of
+    open_dataset, or "scenes", n of them (None: what the run is for). features: of pair_features."""
     model, tok, args = load_run(folder, device)
     if not data:
         data = args.data if args.data == "scenes" else args.val
@@ -456,7 +650,7 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None
     if data == "scenes":
         metrics = on_scenes(model, tok, args, n, progress=progress)
     else:
-        metrics = on_pairs(model, tok, args, open_dataset(data, images=images), progress)
+        metrics = on_pairs(model, tok, args, open_dataset(data, images=images), progress, features)
     about = {"loss": args.loss, "model": args.model, "data": data, "step": args.step}
     about |= metrics.pop("about", {})
     metrics |= {"cost": args.cost, "about": about}
@@ -467,25 +661,53 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None
     return metrics
 
 
-def table(runs):
-    """{name: metrics} -> a Markdown table, one row a metric, one column a run."""
-    rows = {}  # in order of appearance
-    for metrics in runs.values():
-        for group in metrics:
-            if group != "about":
-                rows |= {f"{group} {key}": (group, key) for key in metrics[group]}
-    first, widths = max(map(len, rows)), [max(8, len(name)) for name in runs]
+DASHES = {"local_gap": "a dash: only sparc's and mgca's losses have a part within a pair",
+          "drop_k2": "a dash: only sparc's and gloria's losses weight the patches for a word"}
 
-    def line(head, cells):
-        cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths)]
-        return f"| {head:{first}} | {' | '.join(cells)} |"
-    rule = "|".join("-" * (width + 1) + ":" for width in widths)
-    lines = [line("", runs), f"|{'-' * (first + 2)}|{rule}|"]
-    for head, (group, key) in rows.items():
-        digits = {"cost": 0}.get(group, 1) + key.startswith("local")  # losses: two
-        values = [metrics.get(group, {}).get(key) for metrics in runs.values()]
-        lines.append(line(head, ["" if x is None else f"{x:.{digits}f}" for x in values]))
-    return "\n".join(lines)
+
+def seeds(runs):
+    """{name: metrics} -> {name: [metrics of each seed]}. Seeds: runs of one loss, model and length
+    whose names differ in the number at the end alone, as sparc-0 and sparc-1 do."""
+    groups = collections.defaultdict(dict)
+    for name, metrics in runs.items():
+        about = metrics["about"]
+        alike = re.sub(r"-\d+$", "", name), about["loss"], about["model"], about["step"]
+        groups[alike][name] = metrics
+    return {f"{alike[0]} ({len(found)} seeds)" if len(found) > 1 else min(found): [*found.values()]
+            for alike, found in groups.items()}
+
+
+def cell(found, group, key):
+    """Mean ± standard deviation over seeds; of one run the number, low and high; or a dash."""
+    digits = {"cost": 0}.get(group, 1) + key.startswith("local")  # losses: two
+    values = [m[group][key] for m in found if key in m.get(group, {})]
+    if not values:
+        return "-"
+    if len(values) > 1:
+        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    around = found[0].get("interval", {}).get(f"{group} {key}", [])
+    return " ".join(f"{x:.{digits}f}" for x in values + around)
+
+
+def table(runs):
+    """{name: metrics, or a list of each seed's} -> a Markdown table, a row a metric, a column a
+    name: see cell. n: the number of values that a run's number is the mean of."""
+    runs = {name: m if isinstance(m, list) else [m] for name, m in runs.items()}
+    rows, n = {}, {}  # in order of appearance
+    for metrics in flat(runs.values()):
+        n |= metrics.get("n", {})
+        for group in metrics:
+            if group not in ("about", "n", "interval"):
+                rows |= {f"{group} {key}": (group, key) for key in metrics[group]}
+    lines = [["", *runs, "n"]]
+    for head, place in rows.items():
+        cells = [cell(found, *place) for found in runs.values()]
+        lines.append([head, *cells, str(n.get(head, ""))])
+    first, *widths = [max(map(len, column)) for column in zip(*lines)]
+    text = [f"| {head:{first}} | {' | '.join(map(str.rjust, cells, widths))} |"
+            for head, *cells in lines]
+    text.insert(1, f"|{'-' * (first + 2)}|{'|'.join('-' * (w + 1) + ':' for w in widths)}|")
+    return "\n".join(text)
 
 
 # ------------------------------------------------ what a step costs: SPARC's Table 12 (SPARC D.6)
@@ -612,6 +834,10 @@ def main():
     ap.add_argument("--data", help="scenes, or as train.py --data (default: what the run is for)")
     ap.add_argument("--images", help="the folder of the pictures that a JSON file names")
     ap.add_argument("--n", type=int, default=1000, help="number of test scenes")
+    ap.add_argument("--features", metavar="FILE.npz",
+                    help="of one run, on files: keep the features there, or search them again")
+    ap.add_argument("--json", action="store_true", help="print all metrics as JSON")
+    ap.add_argument("--markdown", action="store_true", help="print the table for a README")
     ap.add_argument("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
     args = ap.parse_args()
     if args.runs == ["cost"]:
@@ -622,8 +848,19 @@ def main():
     names = [os.path.basename(os.path.normpath(run)) for run in args.runs]
     names = names if len(set(names)) == len(names) else args.runs
     device = pick_device(args.device)
-    print(table({name: evaluate(run, args.data, args.n, device, images=args.images)
-                 for name, run in zip(names, args.runs)}))
+    if args.features and (len(args.runs) > 1 or args.data in (None, "scenes")):
+        raise UserError("--features is for one run on files: name one RUN, and --data PATH")
+    with contextlib.redirect_stdout(sys.stderr):  # notes
+        runs = {name: evaluate(run, args.data, args.n, device, True, args.images, args.features)
+                for name, run in zip(names, args.runs)}
+    if args.json:
+        print(json.dumps(runs, indent=1))
+        return
+    text = table(seeds(runs))
+    print(text if args.markdown else text.replace("|", " "))
+    for key, reason in DASHES.items():
+        if any(key not in m.get("alignment", {}) for m in runs.values()):
+            print(f"{key}: {reason}")
 
 
 if __name__ == "__main__":

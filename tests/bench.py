@@ -84,6 +84,9 @@ COLUMNS = {
     "colour words": (1, ["alignment colour_word_acc"]),
     "shape words": (1, ["alignment shape_word_acc"]),
     "local gap": (2, ["alignment local_gap"]),
+    "drop, k = 2": (1, ["alignment drop_k2"]),              # SPARC Table 7
+    "K-Pna": (1, ["faithfulness k_pna"]),                   # SPARC Table 2
+    "unseen R@1": (1, ["composition unseen_i2t_r1", "composition unseen_t2i_r1"]),
     "ms a step": (0, ["cost ms_per_step"]),
 }
 

@@ -103,13 +103,13 @@ def test_a_cell_is_mean_and_deviation_or_a_dash_or_empty():
     """A dash: no seed is finished. Empty: the objective has no such number."""
     seeds = [{"retrieval": {"i2t_r1": x, "t2i_r1": x + 2}, "cost": {"ms_per_step": 80.4}}
              for x in (60, 62, 64)]
-    gap = {"alignment": {"local_gap": 1.234}}
+    gap = {"alignment": {"local_gap": 1.234, "drop_k2": 8.06}, "faithfulness": {"k_pna": 90}}
     lines = bench.table({"clip": seeds, "sparc": [seeds[0] | gap], "mgca": []}).splitlines()
     assert len({len(line) for line in lines}) == 1
     clip, sparc, mgca = ([x.strip() for x in line.strip("|").split("|")] for line in lines[2:])
-    assert clip == ["clip", "3", "63.0 ± 2.0", "", "", "", "", "", "", "80"]
-    assert sparc == ["sparc", "1", "61.0", "", "", "", "", "", "1.23", "80"]
-    assert mgca == ["mgca", "0"] + 8 * ["-"]
+    assert clip == ["clip", "3", "63.0 ± 2.0", *9 * [""], "80"]
+    assert sparc == ["sparc", "1", "61.0", *5 * [""], "1.23", "8.1", "90.0", "", "80"]
+    assert mgca == ["mgca", "0", *11 * ["-"]]
 
 
 ROWS = bench.ALL_OBJECTIVES | bench.TABLE_5 | bench.TABLE_14

@@ -9,12 +9,14 @@ import json
 import os
 import pathlib
 import pickle
+import sys
 import types
 import pytest
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 import eval as evaluation
+import papers
 from data import BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES, Scenes, Tokenizer
 from losses import OBJECTIVES, filip_similarity, sparc_loss
 from model import UserError, build
@@ -121,14 +123,74 @@ def test_equal_texts_by_hand():
     assert r["i2t_r1"] == pytest.approx(100 / 3) and r["t2i_r1"] == pytest.approx(200 / 3)
 
 
+def test_hits_belong_to_their_pictures():
+    """Two pictures with two and three texts; retrieval is the mean of the same hits."""
+    owner = torch.tensor([0, 0, 1, 1, 1])
+    s = torch.tensor([[1., 5, 7, 0, 0], [0, 6, 1, 1, 1]])
+    rows = evaluation.recall_hits(evaluation.partner_ranks(s, s, owner), owner)
+    assert rows["i2t_r1"] == [[False], [False]] and rows["i2t_r5"] == [[True], [True]]
+    assert rows["t2i_r1"] == [[True, False], [False, True, True]]
+    assert evaluation.retrieval(s, s, owner)["t2i_r1"] == pytest.approx(60)
+
+
+def test_one_picture_and_nan():
+    alone = evaluation.retrieval(torch.ones(1, 3), torch.ones(1, 3), torch.zeros(3).long())
+    assert set(alone.values()) == {100}
+    nothing = torch.full((12, 12), torch.nan)
+    assert set(evaluation.retrieval(nothing, nothing, torch.arange(12)).values()) == {0}
+
+
+def slow_precision(s_i2t, texts, owner, counts):
+    """K-Precision by loops over letters of strings: each picture's first best text."""
+    shares = []
+    for b, row in enumerate(s_i2t):
+        chosen = texts[max(range(len(row)), key=list(row).__getitem__)]
+        own = "".join(text for text, o in zip(texts, owner) if o == b)
+        told = [letter for letter in chosen if letter in counts]
+        if told:
+            shares.append(sum(letter in own for letter in told) / len(told))
+    return 100 * sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize("counts", ["abcdefgh", "abc", "g"])
+def test_k_precision_is_the_loop(counts):
+    """Three texts a picture; only letters in counts count, and some texts have none of them."""
+    g = torch.Generator().manual_seed(0)
+    owner = [b for b in range(20) for _ in range(3)]
+    texts = ["".join("abcdefgh"[k] for k in torch.randint(0, 8, (4,), generator=g)) for _ in owner]
+    s = torch.randn(20, 60, generator=g)
+    own = [set("".join(texts[3 * b:3 * b + 3])) for b in range(20)]
+    rows = evaluation.k_precision(s, [[x for x in text if x in counts] for text in texts], own)
+    assert len(rows) == 20 and (counts == "abcdefgh") == ([] not in rows)
+    assert evaluation.percent(evaluation.flat(rows)) == pytest.approx(
+        slow_precision(s.tolist(), texts, owner, counts))
+
+
+def test_k_precision_by_hand():
+    """Repeated words count each time; ties and NaN give the mean of the texts that tie."""
+    words = [["a", "red", "dog"], ["a", "a", "cat"], []]
+    own = [{"a", "red", "dog"}, {"a", "cat"}]
+    best = torch.tensor([[0., 1, 0], [1, 0, 0]])
+    assert evaluation.k_precision(best, words, own) == [[2 / 3], [1 / 3]]
+    ties = torch.tensor([[1., 1, 0], [torch.nan, 0, 0]])
+    assert evaluation.k_precision(ties, words, own) == [[pytest.approx(5 / 6)], [2 / 3]]
+    assert evaluation.k_precision(torch.eye(3)[2:], words, own) == [[]]
+
+
+def test_words_that_are_nouns_and_adjectives_by_the_rule():
+    words = "a black dog is running slowly through 2 the snow with three boys".split()
+    assert evaluation.content_words(words) == ["black", "dog", "snow", "boys"]
+
+
 def test_filip_similarities_by_blocks():
     g = torch.Generator().manual_seed(0)
     V, T = torch.randn(7, 5, 8, generator=g), torch.randn(9, 6, 8, generator=g)
     M = torch.arange(6) < torch.randint(2, 7, (9, 1), generator=g)
     v, t = V[:, 0], T[:, 0]
-    blocks = evaluation.similarities(OBJECTIVES["filip"], v, V, t, T, M, rows=3)
-    for x, y in zip(blocks, filip_similarity(V, T, M)):
-        assert torch.allclose(x, y, atol=1e-6)
+    for elements in (1, 5 * 6 * 9 * 3, 1 << 20):  # blocks of one picture, of three, of all
+        blocks = evaluation.similarities(OBJECTIVES["filip"], v, V, t, T, M, elements)
+        for x, y in zip(blocks, filip_similarity(V, T, M)):
+            assert torch.allclose(x, y, atol=1e-6)
     for loss in ("clip", "clip+filip", "sparc"):
         s, same = evaluation.similarities(OBJECTIVES[loss], v, V, t, T, M)
         assert s is same and torch.allclose(s, cosine(v[:, None], t[None]), atol=1e-6)
@@ -222,11 +284,14 @@ class Oracle:
         self.patches_through_h = False
         self.config, self.visual = {"image_size": 56}, types.SimpleNamespace(grid=7)
         self.logit_scale, self.known = torch.tensor(2.66), {}
-        one = Scenes(n, 0, 56, "test", objects=(1, 1), unique=False)
-        for scenes in (Scenes(n, 0, 56, "test"), one):
+        one, four = (Scenes(n, 0, 56, "test", (k, k), unique=False) for k in (1, 4))
+        for scenes in (Scenes(n, 0, 56, "test"), Scenes(n, 0, 56, "composition"), one):
             for i in range(n):
                 s = scenes[i]
                 self.known[s["image"].tobytes()] = s
+        for spec, k in itertools.product(map(four.spec, range(n // 4)), (1, 2, 3, 4)):
+            spec = spec | {"things": spec["things"][:k]}
+            self.known[four.draw(spec).tobytes()] = spec | {"masks": four.masks(spec)}
 
     def encode_image(self, images, patches_through_h=None):
         self.through_h.append(patches_through_h)
@@ -295,11 +360,14 @@ def test_alignment_of_the_oracle_and_of_shuffled_patches(monkeypatch, loss):
     # patches of 8 pixels are too coarse for more
     assert good["segmentation"]["miou"] > 40 > 20 > bad["segmentation"]["miou"]
     assert min(good["classification"].values()) > 98
+    assert good["segmentation"]["miou_objects"] < good["segmentation"]["miou"]
     if loss == "sparc":
-        assert good["composition"]["swap_acc"] == 100
-        assert set(good["retrieval"].values()) == {100}
+        assert set(good["composition"].values()) == set(good["faithfulness"].values()) == {100}
+        assert set(good["retrieval"].values()) == {100} and 0 <= aligned["drop_k2"] <= 100
     else:  # its words are a bag: a swapped caption ties, and a tie is no success
-        assert good["composition"]["swap_acc"] == 0 and "local_gap" not in aligned
+        for key in ("swap_acc", "unseen_swap_acc"):
+            assert good["composition"][key] == 0
+        assert "local_gap" not in aligned and "drop_k2" not in aligned
 
 
 @pytest.mark.parametrize("loss, through_h, uses_h", [
@@ -318,6 +386,60 @@ def test_segmentation_uses_h_v_only_where_the_run_trained_it(loss, through_h, us
 
 def measure_segmentation(model, loss):
     return evaluation.on_scenes(model, TOK, run_args(loss), 20, progress=False)["segmentation"]
+
+
+def slow_drops(weights):
+    h = sorted(weights, reverse=True)
+    return [(h[0] - h[k]) / h[0] for k in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("loss, options", [("sparc", {}), ("sparc", {"sigma": 0}), ("gloria", {}),
+                                           ("sparc", {"softmax": True})])
+def test_weight_drops_are_the_loops(loss, options):
+    """Each real token's weights by papers.py for SPARC, here for GLoRIA; padding has none."""
+    g = torch.Generator().manual_seed(0)
+    V, T = torch.randn(3, 6, 8, generator=g), torch.randn(3, 5, 8, generator=g)
+    M = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
+    want = []
+    for patches, words, real in zip(V, T, M):
+        s = torch.stack([words[real] @ patch for patch in patches])  # (P, L)
+        by_patch = (s / 8 ** 0.5).softmax(1)
+        for l, word in enumerate(words[real]):
+            weights = (4 * by_patch[:, l]).softmax(0).tolist()
+            if loss == "sparc":
+                sigma, softmax = options.get("sigma", 1 / 6), options.get("softmax", False)
+                weights = [float(x) for x in papers.sparc_weights(word, patches, sigma, softmax)]
+            want.append(slow_drops(weights))
+    args = types.SimpleNamespace(loss=loss, **{"sigma": None} | options)
+    a = evaluation.attention(args, V, T, M)
+    assert evaluation.weight_drops(a, M).tolist() == [pytest.approx(x, abs=1e-5) for x in want]
+    rows = evaluation.drop_rows(args, V[:2], T, M, torch.tensor([0, 1, 1]), texts=2)
+    assert [len(x) for x in rows["drop_k3"]] == [5, 2, 3]
+    assert rows["drop_k4"][0] == pytest.approx([x[2] for x in want[:5]], abs=1e-5)
+
+
+def test_weight_drops_by_hand():
+    a = torch.tensor([[[0.1, 0.4, 0.2, 0.0, 0.3], [1, 0, 0, 0, 0], [9, 9, 9, 9, 9]]])
+    drops = evaluation.weight_drops(a, torch.tensor([[True, True, False]]))
+    assert drops.tolist() == [pytest.approx([0.25, 0.5, 0.75]), [1, 1, 1]]
+    assert evaluation.drop_rows(types.SimpleNamespace(loss="clip"), *[a] * 4) == {}
+
+
+def test_the_interval_holds_the_mean():
+    """95% of a proportion: 1.96 standard deviations; wider if ten values at a time belong together.
+    """
+    alone = evaluation.interval([[True], [False], [True], [True]] * 100)
+    assert alone == pytest.approx([75 - 4.24, 75 + 4.24], abs=0.6)
+    together = evaluation.interval([[True] * 10, [False] * 10, [True] * 10, [True] * 10] * 10)
+    assert together == pytest.approx([75 - 13.4, 75 + 13.4], abs=2)
+    assert evaluation.interval([[0.5]] * 9) == [50, 50]
+    assert evaluation.interval([[1.0], []])[1] == 100, "an item without values"
+
+
+def test_report_counts():
+    m = evaluation.report({"a": {"x": [[True, False], [], [True]], "y": (1.5, 40)}})
+    assert m["a"] == {"x": pytest.approx(200 / 3), "y": 1.5} and m["n"] == {"a x": 3, "a y": 40}
+    assert list(m["interval"]) == ["a x"]
 
 
 def test_local_gap():
@@ -369,8 +491,9 @@ def test_evaluate_an_untrained_run(tmp_path):
     recalls = {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
     words = {"colour_word_acc", "shape_word_acc", "patch_word_acc"}
     contract = {"retrieval": recalls, "classification": {"shape", "colour"},
-                "segmentation": {"miou", "patch_acc"}, "composition": {"swap_acc"},
-                "alignment": words | {"local_gap"}}
+                "segmentation": {"miou", "patch_acc"}, "faithfulness": {"k_p", "k_pna"},
+                "composition": {"swap_acc", "unseen_i2t_r1", "unseen_swap_acc", "count_acc"},
+                "alignment": words | {"local_gap", "drop_k2", "drop_k3", "drop_k4"}}
     for group, keys in contract.items():
         assert keys <= set(m[group])
         assert all(0 <= x <= 100 for k, x in m[group].items() if not k.startswith("local"))
@@ -387,18 +510,20 @@ def test_five_captions_a_picture(tmp_path, monkeypatch):
         Image.new("RGB", (70, 50), (80 * k, 90, 120)).save(tmp_path / f"{k}.png")
     rows = [f"{k}.png,caption {n} of thing {k}" for n in range(5) for k in range(3)]
     (tmp_path / "five.csv").write_text("\n".join(["image,caption", *rows]))
-    seen, original = [], evaluation.retrieval
+    seen, original = [], evaluation.partner_ranks
 
     def spy(*scores):
         seen.append(scores)
         return original(*scores)
-    monkeypatch.setattr(evaluation, "retrieval", spy)
+    monkeypatch.setattr(evaluation, "partner_ranks", spy)
     folder = make_run(tmp_path / "run", loss="filip", data="t.csv", val=str(tmp_path / "five.csv"))
     m = evaluation.evaluate(folder, progress=False)
     (s_i2t, s_t2i, owner, number), = seen
     assert s_i2t.shape == s_t2i.shape == (3, 15) and not s_i2t.equal(s_t2i)
     assert owner.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and number.tolist() == list(range(15))
-    assert set(m) == {"retrieval", "cost", "about"} and m["retrieval"]["t2i_r5"] == 100
+    assert set(m) == {"retrieval", "faithfulness", "n", "interval", "cost", "about"}
+    assert m["retrieval"]["t2i_r5"] == 100 and m["interval"]["retrieval t2i_r5"] == [100, 100]
+    assert m["n"]["retrieval i2t_r1"] == 3 and m["n"]["retrieval t2i_r1"] == 15
     assert m["about"]["data"].endswith("five.csv")
 
 
@@ -433,16 +558,89 @@ def test_class_folders_are_classified(tmp_path):
     assert m["about"]["texts_that_repeat"] == 6 and m["retrieval"]["i2t_r5"] == 100
 
 
+def features_case(tmp_path, captions="a dog"):
+    for k in range(3):
+        Image.new("RGB", (70, 50), (80 * k, 90, 120)).save(tmp_path / f"{k}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    rows = [f"{k}.png,{captions} number {k}" for k in range(3)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]))
+    return str(tmp_path / "t.csv"), str(tmp_path / "features.npz")
+
+
+@pytest.mark.parametrize("loss", ["filip", "pacl", "gloria"])
+def test_features_are_searched_again(tmp_path, monkeypatch, loss):
+    """The same metrics from the file, with nothing encoded; what could not be read is known."""
+    data, file = features_case(tmp_path)
+    folder = make_run(tmp_path / "run", loss=loss, data="x.csv")
+    first = evaluation.evaluate(folder, data, progress=False, features=file)
+    monkeypatch.delattr(evaluation, "encode_images")
+    assert evaluation.evaluate(folder, data, progress=False, features=file) == first
+    assert first["about"]["pictures"] == 2 and first["about"]["rows_left_out"] == 1
+
+
+def test_features_of_another_model_or_data_or_damaged(tmp_path):
+    data, file = features_case(tmp_path)
+    folder = make_run(tmp_path / "run", data="x.csv")
+    evaluation.evaluate(folder, data, progress=False, features=file)
+    ckpt = torch.load(folder + "/last.pt", weights_only=True)
+    ckpt["model"]["logit_scale"] += 1
+    torch.save(ckpt, folder + "/last.pt")
+    with pytest.raises(UserError, match="features.npz is of another model or other data"):
+        evaluation.evaluate(folder, data, progress=False, features=file)
+    folder = make_run(tmp_path / "run", data="x.csv")
+    with pytest.raises(UserError, match="features.npz is of another model or other data"):
+        evaluation.evaluate(folder, features_case(tmp_path, "a cat")[0], features=file)
+    for content in (b"", b"garbage", pathlib.Path(file).read_bytes()[:500]):
+        pathlib.Path(file).write_bytes(content)
+        with pytest.raises(UserError, match="can't read --features .*features.npz"):
+            evaluation.evaluate(folder, data, progress=False, features=file)
+
+
+def test_seeds_of_one_objective_become_one_column():
+    """Mean and sample deviation; other losses, lengths and names stay alone."""
+    def run(loss, x, step=5):
+        return {"retrieval": {"i2t_r1": x}, "n": {"retrieval i2t_r1": 40},
+                "interval": {"retrieval i2t_r1": [x - 1, x + 2]},
+                "about": {"loss": loss, "model": "tiny", "step": step}}
+    runs = {"clip-0": run("clip", 10.0), "clip-1": run("clip", 14.0), "sparc-0": run("sparc", 50.0),
+            "clip-2": run("clip", 99.0, step=6), "wide": run("clip", 1.0)}
+    grouped = evaluation.seeds(runs)
+    assert list(grouped) == ["clip (2 seeds)", "sparc-0", "clip-2", "wide"]
+    cells = [x.strip() for x in evaluation.table(grouped).splitlines()[2].strip("|").split("|")]
+    assert cells == ["retrieval i2t_r1", "12.0 ± 2.8", "50.0 49.0 52.0", "99.0 98.0 101.0",
+                     "1.0 0.0 3.0", "40"]
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """--json prints JSON alone; a table has the reason of its dashes below; --features needs files.
+    """
+    data, file = features_case(tmp_path)
+    folder = make_run(tmp_path / "run", loss="clip", data="x.csv")
+
+    def say(*words):
+        monkeypatch.setattr(sys, "argv", ["eval.py", folder, *words])
+        evaluation.main()
+        return capsys.readouterr()
+    said = say("--data", data, "--json")
+    assert set(json.loads(said.out)) == {"run"} and "1 rows are left out" in said.err
+    assert say("--data", data, "--markdown").out.startswith("| ")
+    plain = say("--data", data).out
+    assert "|" not in plain and "drop_k2: a dash: only sparc's and gloria's" in plain
+    with pytest.raises(UserError, match="--features is for one run on files"):
+        say("--features", file)
+
+
 def test_table():
     sparc = {"retrieval": {"i2t_r1": 12.34}, "alignment": {"local_gap": 0.567}}
     sparc["about"] = {"step": 3}
     other = {"retrieval": {"i2t_r1": 100.0}, "cost": {"ms_per_step": 81.4}}
     text = evaluation.table({"sparc": sparc, "a-long-name": other})
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.split("\n")]
-    assert rows[0] == ["", "sparc", "a-long-name"]
+    assert rows[0] == ["", "sparc", "a-long-name", "n"]
     assert all(set(c) <= set("-:") and len(c) >= 3 for c in rows[1])
-    assert rows[2:] == [["retrieval i2t_r1", "12.3", "100.0"], ["alignment local_gap", "0.57", ""],
-                        ["cost ms_per_step", "", "81"]]
+    assert rows[2:] == [["retrieval i2t_r1", "12.3", "100.0", ""],
+                        ["alignment local_gap", "0.57", "-", ""],
+                        ["cost ms_per_step", "-", "81", ""]]
     assert len({len(line) for line in text.split("\n")}) == 1
 
 
