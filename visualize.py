@@ -216,12 +216,12 @@ def draw_run(folder, data=None, n=6, device="cpu", out=None, images=None, how="c
                 break
     if not rows:
         raise UserError(f"{data} has no picture that can be read ({bad})")
-    return [stack(rows, out or os.path.join(folder, "align.png"))]
+    return [stack(rows, out or evaluation.place(folder, "align.png"))]
 
 
 def main():
     ap = argparse.ArgumentParser(description="Draw a run's word-patch alignment: RUN/align.png.")
-    ap.add_argument("run", help="run folder of train.py, such as runs/sparc")
+    ap.add_argument("run", help="run folder, such as runs/sparc, or file of OpenAI CLIP's weights")
     ap.add_argument("--image", help="a picture of your own")
     ap.add_argument("--text", help="what it shows, as in \"a photo of a balloon\"")
     ap.add_argument("--words", nargs="+",
@@ -251,7 +251,7 @@ def main():
         print(f"note: {args.image} is cut to a square: --fit pad shows all", file=sys.stderr)
     row = draw_row(model, tok, saved, image, args.text, words, args.fit)
     name = os.path.splitext(os.path.basename(args.image))[0]
-    print(stack([row], args.out or os.path.join(args.run, f"align-{name}.png")))
+    print(stack([row], args.out or evaluation.place(args.run, f"align-{name}.png")))
 
 
 if __name__ == "__main__":
