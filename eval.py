@@ -3,10 +3,11 @@
     python eval.py runs/sparc                     # 1,000 test scenes: a table and metrics.json
     python eval.py runs/sparc runs/clip --data photos/test.csv    # real pictures, side by side
     python eval.py runs/clip-0 runs/clip-1 runs/clip-2 --markdown # mean and deviation over seeds
+    python eval.py ViT-B-32.pt --data pets/ --prompts OxfordPets  # OpenAI's weights, class folders
     python eval.py cost                           # a step at full size, beside the papers' tables
 
-Covers: FILIP 3.1.2 (similarities averaged over prompts), 4.2, 4.3, Table 5; SPARC 4.2 to 4.4, 4.5's
-segmentation (D.7), Tables 7 and 12; of SPARC D.5 the formula of the prompts (eq. 9), no lists.
+Covers: FILIP 3.1.2 (similarities averaged over prompts), 4.2, 4.3, Tables 5, 11; SPARC 4.2 to 4.4,
+4.5's segmentation (D.7), Tables 7 and 12; of SPARC D.5 the formula of the prompts (eq. 9) alone.
 
 Percentages, except the local losses (nats) and the cost. "n" has the number of values of each mean,
 "interval" the middle 95% of its bootstrap over test pictures:
@@ -14,7 +15,9 @@ Percentages, except the local losses (nats) and the cost. "n" has the number of 
                     picture may find any of its captions, each caption must find its picture. Equal
                     texts count as one, which belongs to all of their pictures and may find any
     classification  top-1 of 8 shapes and 8 colours, on scenes of one object, by two prompts; _one:
-                    by one; _it: with "I like it" and the like. Of class folders, by their captions
+                    by one; _it: with "I like it" and the like. Of class folders top-1 (class),
+                    top5, per_class (the mean of each class's top-1), with all of --prompts and with
+                    the first alone (one_prompt)
     segmentation    each patch gets the class of the closest text, an object's or the background's.
                     miou: mean over the objects, in pixels. patch_acc: patches on an object.
                     miou_objects: without the background's text, so that no patch is left over
@@ -33,31 +36,22 @@ Percentages, except the local losses (nats) and the cost. "n" has the number of 
 
 Differs from the papers: segmentation's classes are whole phrases ("a small red star"; "on sand" is
 the background, for which SPARC names no text), and IoU is averaged over the objects of all
-pictures, not by class. Prompts are phrases of the scenes' captions. FILIP is scored by late
-interaction and segmented by a patch's best word; PACL is scored by pooling the patches for each
-text. All others, CLIP+FILIP too, are scored, classified and segmented by their global embeddings:
-SPARC's Tables 9 and 10 put CLIP+FILIP beside CLIP.
+pictures, not by class. Prompts are phrases of the scenes' captions. Where Table 11 says "a (many)"
+or "perfume/fragrance", both are taken. FILIP is scored by late interaction and segmented by a
+patch's best word; PACL is scored by pooling the patches for each text. All others, CLIP+FILIP too,
+are scored, classified and segmented by their global embeddings: SPARC's Tables 9 and 10 put
+CLIP+FILIP beside CLIP.
 """
-import argparse
-import collections
-import contextlib
-import csv
-import functools
-import hashlib
-import json
-import math
-import os
-import pathlib
-import re
-import statistics
-import sys
+import argparse, collections, contextlib, csv, functools, hashlib, json, math, os, pathlib, re
+import statistics, sys
 import numpy as np
 import torch
 from tqdm import tqdm
-from data import COLOURS, SHAPES, BadRow, Scenes, Tokenizer, center_crop, join, normalize
-from data import open_dataset, start_image, to_tensor, word_tokens
+from data import COLOURS, SHAPES, BadRow, Scenes, Tokenizer, center_crop, filip_prompts, join
+from data import normalize, open_dataset, read_bytes, split_lines, start_image, to_tensor
+from data import word_tokens
 from losses import DTYPES, OBJECTIVES, late_blocks, sparc_alignment, unit
-from model import CLIP, DEVICES, UserError, clean, pick_device, write
+from model import CLIP, DEVICES, UserError, clean, openai_model, pick_device, read_weights, write
 
 
 def sparc_prompts(label, prefixes, suffixes=("",)):
@@ -116,46 +110,157 @@ def check(path, images, out):
     print(f"listed in {out}")
 
 
+# ------------------------------------------------------------------- class folders and prompts
+PROMPT = "a photo of a {}."
+# FILIP's Table 11, by Table 1's names: prefixes / category descriptions / suffixes
+TABLE_11 = """
+CIFAR10: a photo of a|a jpeg photo of a|a painting of a|itap of a|graffiti of a|a cartoon|a doodle//
+|It's common in daily life|It's cute|It's ugly|It's weird|Hope you like it
+CIFAR100: a jpeg photo of a|a painting of a|a good photo of a|a bad photo of a|a photo of a|
+itap of a|a rendering of a//|It's common in daily life|It's beautiful|It's ugly|I like it|
+I take it today
+Caltech101: a photo of a|a cropped photo of a|a good photo of a|a bad photo of a//|I like it|
+I hate it|It's ugly|It's cute
+StanfordCars: a photo of a|a close-up photo of a|a good photo of a|a bad photo of a/a type of car|
+a type of automobile/I like it|It belongs to my friend|It's brand new|It's popular recently|
+It's important to me|I take it today
+Flowers102: a photo of a|a photo of many|a rendering of a|a rendering of many|itap of a|
+itap of many/a type of flower|a type of bloom/It's beautiful|It's from my best friend|
+It gives out a sweet perfume|It gives out a sweet fragrance
+ImageNet: a photo of a|a good photo of a|a bad photo of a|a close-up photo of a|itap of a//
+I like it|It's common in daily life|It's not common in daily life|It's ugly|It's cute|It's beautiful
+Food101: a photo of my|a close-up photo of my|itap of my/a type of food|a type of nourishment/
+I made it today|I like it|I hate it|It's delicious|It's with nice flavour|
+It's with terrible flavour|It's popular recently
+SUN397: a photo of a|a good photo of a|a bad photo of a|a bright photo of a|a dark photo of a|
+a black and white photo of a|a nice scene of a|a terrible scene of a//|I like it|I hate it|
+It's beautiful|It's common in daily life|It's important to me
+DTD: itap of a|a close-up photo of a/texture|surface|material/|It's out of style|
+It's popular in old days|It's ugly|It's beautiful
+Aircrafts: a photo of the|a close-up photo of the|a good photo of the|a pixelated photo of the/
+a type of plane|a type of aircraft|a type of airliner/|I like it|It's important to me|
+I take it today|Hope you like it
+OxfordPets: a photo of my|a low resolution photo of my|a good photo of my/a type of pet|
+a type of dog or cat/|It's cute|It's important to me|I like it|It's beautiful
+EuroSAT: a photo of a|a painting of a|a cropped photo of a|a good photo of a|a blurry photo of a/|
+an example of aerial or satellite images/|I like it|
+It's taken from an aircraft or some flying object|It's collected by imaging satellites
+""".replace("|\n", "|").replace("/\n", "/").split("\n")[1:-1]
+TABLE_11 = dict(line.split(": ") for line in TABLE_11)
+
+
+def read_prompts(given, classes):
+    """A template with {} for a class's name, a file of them, or a name of TABLE_11 -> [templates].
+    Raises UserError, also if they are given where there are no classes."""
+    if not classes and given != PROMPT:
+        raise UserError("--prompts is for a folder of class folders, and --data is something else")
+    if given in TABLE_11:
+        return filip_prompts("{}", *(part.split("|") for part in TABLE_11[given].split("/")))
+    templates = [given]
+    if os.path.isfile(given):
+        templates = split_lines(read_bytes(given))
+    if not templates or any("{}" not in template for template in templates):
+        raise UserError(f"--prompts {given}: give a template with {{}} for a class's name, a file "
+                        f"with such a template in each line, or one of {', '.join(TABLE_11)}")
+    return templates
+
+
+def class_names(data):
+    """The names of data.classes: the folders', or what a file classes.txt beside the folders says,
+    in lines `folder,name`. Raises UserError."""
+    path, names = os.path.join(data.folder, "classes.txt"), dict(zip(data.classes, data.classes))
+    if os.path.isfile(path):
+        lines = [line.partition(",") for line in split_lines(read_bytes(path))]
+        names = {folder.strip().replace("_", " "): name.strip() for folder, _, name in lines}
+    lacks = [folder for folder in data.classes if not names.get(folder)]
+    if lacks:
+        raise UserError(f"{path} gives no name to {len(lacks)} folders, the first is {lacks[0]}: "
+                        f"each needs a line `folder,name`")
+    empty = [e.name for e in os.scandir(data.folder) if e.is_dir()
+             and e.name.replace("_", " ") not in data.classes and e.name[0] != "."]
+    if empty:
+        print(f"note: {len(empty)} folders without pictures are left out; the first: {empty[0]}")
+    return [names[folder] for folder in data.classes]
+
+
+def folder_classes(objective, encode, v, V, label, names, prompts):
+    """class_accuracy by all prompts, and by the first alone. v (B,D), V (B,P,D); label: the name of
+    each picture's class; names: of all, equal ones are one class; encode(texts) -> t, T, M."""
+    kinds, out = list(dict.fromkeys(names)), {}
+    number = torch.tensor([kinds.index(name) for name in label])
+    ways = [("", prompts), ("_one_prompt", prompts[:1])]
+    for way, some in ways[:len(prompts)]:  # one prompt, one way
+        classes = (encode([p.replace("{}", kind) for p in some]) for kind in kinds)
+        scores = classify(objective, v, V, classes).cpu()  # (B, K)
+        out |= {name + way: x for name, x in class_accuracy(scores, number).items()}
+    return dict(sorted(out.items()))
+
+
 # -------------------------------------------------------------------------- runs and features
 def first_line(error):
     """What an exception says, in at most 100 characters."""
     return (str(error) or type(error).__name__).splitlines()[0][:100]
 
 
+def place(run, name):
+    """Where a result goes: into a run folder, or beside a file of weights, named after it."""
+    if os.path.isfile(run):
+        return f"{os.path.splitext(run)[0]}-{name}"
+    return os.path.join(run, name)
+
+
+def as_checkpoint(model, name):
+    """A model of OpenAI's as if train.py had saved it. Its vocabulary is the published one."""
+    return {"config": model.config, "model": model.state_dict(), "head": {}, "merges": None,
+            "step": 0, "args": dict(loss="clip", model=name, data="others", val=None, seed=0)}
+
+
 def read_checkpoint(path):
-    """A checkpoint of train.py as a dict of tensors, numbers and strings. No code is unpickled.
-    Raises UserError if it is missing, damaged or something else."""
+    """A run folder, its last.pt or a file of OpenAI CLIP's weights -> a checkpoint of train.py, a
+    dict of tensors, numbers and strings. No code is unpickled. Raises UserError."""
+    run = path
     if not os.path.isfile(path):
-        raise UserError(f"there is no checkpoint {path}: train one with "
-                        f"`torchrun train.py --out {os.path.dirname(path) or '.'}`")
+        path = os.path.join(run, "last.pt")
+    if not os.path.isfile(path):
+        raise UserError(f"there is no checkpoint {path}, and no file of weights {run}: train one "
+                        f"with `torchrun train.py --out {run}`")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        ckpt = read_weights(path)
+        if "visual.conv1.weight" in ckpt:
+            ckpt = as_checkpoint(openai_model(ckpt), os.path.basename(path))
         missing = sorted({"config", "model", "head", "merges", "args", "step"} - set(ckpt))
     except Exception as e:  # torch raises many kinds on a damaged file
-        raise UserError(f"{path} can't be read as a checkpoint ({first_line(e)}); "
-                        f"train again or take a copy") from None
+        raise UserError(f"{path} can't be read as a checkpoint or as OpenAI CLIP's weights "
+                        f"({first_line(e)}); train again or take a copy") from None
     if missing:
-        raise UserError(f"{path} isn't a checkpoint of train.py: it lacks {', '.join(missing)}")
+        raise UserError(f"{path} is neither OpenAI CLIP's weights (no visual.conv1.weight) nor a "
+                        f"checkpoint of train.py: it lacks {', '.join(missing)}")
     ckpt["head"].pop("calls", None)  # a counter that MGCA's head had in older checkpoints
     return ckpt
 
 
 def load_run(folder, device="cpu"):
-    """A run folder -> model in eval mode, tokeniser, args: the run's options, step, cost, head."""
-    ckpt = read_checkpoint(os.path.join(folder, "last.pt"))
+    """What read_checkpoint takes -> model in eval mode, tokeniser, args: the run's options, step,
+    cost, head. Raises UserError."""
+    ckpt = read_checkpoint(folder)
     try:
         model = CLIP(**ckpt["config"])
         model.load_state_dict(ckpt["model"])
         head = OBJECTIVES[ckpt["args"]["loss"]].head(ckpt["config"]["embed_dim"])
         head.load_state_dict(ckpt["head"])
     except (TypeError, KeyError, RuntimeError) as e:
-        raise UserError(f"{folder}/last.pt is of another version of model.py ({first_line(e)}): "
+        raise UserError(f"{folder} is of another version of model.py ({first_line(e)}): "
                         f"train again") from None
+    merges, entries = ckpt["merges"], model.config["vocab_size"]
+    tok = Tokenizer.clip(weights=folder) if merges is None else Tokenizer(merges)
+    if entries != tok.vocab_size:
+        raise UserError(f"{folder} has {entries:,} tokens, CLIP's published vocabulary has "
+                        f"{tok.vocab_size:,}: of an exported run, take the run folder")
     step, milliseconds = ckpt["step"], 1000 * ckpt.get("seconds", 0)
     cost = {"steps": step, "ms_per_step": milliseconds / max(1, step),
             "peak_mb": ckpt.get("peak_mb") or 0}
     args = argparse.Namespace(**ckpt["args"], step=step, cost=cost, head=head.to(device).eval())
-    return model.to(device).eval(), Tokenizer(ckpt["merges"]), args
+    return model.to(device).eval(), tok, args
 
 
 def loss_options(args):
@@ -259,7 +364,8 @@ def k_precision(s_i2t, words, own):
 
 @torch.no_grad()
 def classify(objective, v, V, classes):
-    """Zero-shot classes of pictures -> (B,) indices. FILIP 3.1.2, Table 1; SPARC 4.2, Table 1.
+    """Similarity of pictures and classes -> (B,K); the largest is the zero-shot class of a picture.
+    FILIP 3.1.2, Table 1; SPARC 4.2, Table 1.
     v (B,D), V (B,P,D); classes: for each class its n prompts, t (n,D), T (n,L,D), M (n,L).
     CLIP averages the unit vectors of the prompts. FILIP's tokens can't be averaged: where v is
     not trained (FILIP, PACL), the similarities are."""
@@ -269,7 +375,18 @@ def classify(objective, v, V, classes):
             scores.append(unit(v) @ unit(unit(t).mean(0)))
         else:
             scores.append(similarities(objective, v, V, t, T, M)[0].mean(1))
-    return torch.stack(scores, 1).argmax(1)
+    return torch.stack(scores, 1)
+
+
+def class_accuracy(scores, label):
+    """scores (B,K) of pictures and classes, label (B,) -> per cent: class (top-1), top5, per_class
+    (the mean of the top-1 of each class that has pictures). Ties count against the model."""
+    own = scores.gather(1, label[:, None])
+    rank = (~(scores < own)).sum(1) - 1  # (B,) strangers not below it, NaN too
+    hit, n = (rank == 0).double(), label.bincount()
+    each = (label.bincount(hit) / n)[n > 0]
+    return {"class": percent(hit.tolist()), "per_class": percent(each.tolist()),
+            "top5": percent((rank < 5).tolist())}
 
 
 def segment(objective, V, t, T, M):
@@ -419,7 +536,8 @@ def scene_classes(objective, model, tok, n, seed):
             texts = [sparc_prompts(x, [article(x), *prefixes[1:]], suffixes)
                      for x in phrases.values()]
             found = classify(objective, v, V, [encode_texts(model, tok, some) for some in texts])
-            rows[kind + name] = [[list(phrases)[k] == x] for k, x in zip(found.tolist(), true)]
+            found = found.argmax(1).tolist()
+            rows[kind + name] = [[list(phrases)[k] == x] for k, x in zip(found, true)]
     return rows
 
 
@@ -603,9 +721,9 @@ def pair_features(model, tok, data, file=None, progress=True):
     return v, V, *texts, numbers, bad
 
 
-def on_pairs(model, tok, args, data, progress=True, features=None):
-    """Retrieval on Pairs: every picture, every caption; top-1 where folders tell classes."""
-    objective = OBJECTIVES[args.loss]
+def on_pairs(model, tok, args, data, progress=True, features=None, prompts=PROMPT):
+    """Retrieval on Pairs: every picture, every caption; classification of class folders."""
+    objective, prompts = OBJECTIVES[args.loss], read_prompts(prompts, data.classes)
     v, V, t, T, M, pictures, bad = pair_features(model, tok, data, features, progress)
     texts = flat(data.captions[i] for i in pictures)
     owner = flat([b] * len(data.captions[i]) for b, i in enumerate(pictures))
@@ -621,11 +739,10 @@ def on_pairs(model, tok, args, data, progress=True, features=None):
                             "k_pna": k_precision(s_i2t, [content_words(x) for x in words], own)},
            "alignment": drop_rows(args, V, T, M, owner)}
     if data.classes:
-        prompts = {data.label(i): data.captions[i] for i in pictures}
-        classes = [encode_texts(model, tok, captions) for captions in prompts.values()]
-        found = [list(prompts)[k] for k in classify(objective, v, V, classes).tolist()]
-        hits = [data.label(i) == k for i, k in zip(pictures, found)]
-        out["classification"] = {"class": [[hit] for hit in hits]}
+        names, encode = class_names(data), functools.partial(encode_texts, model, tok)
+        label = [names[data.label(i)] for i in pictures]
+        found = folder_classes(objective, encode, v, V, label, names, prompts)
+        out["classification"] = {name: (x, len(v)) for name, x in found.items()}
     repeated = int((number.bincount()[number] > 1).sum())
     if repeated:
         print(f"note: {repeated:,} of {len(texts):,} texts repeat: equal ones count as one")
@@ -637,9 +754,11 @@ def on_pairs(model, tok, args, data, progress=True, features=None):
     return report({group: rows for group, rows in out.items() if rows}) | {"about": about}
 
 
-def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None, features=None):
-    """Evaluate a run folder and write its metrics.json -> the metrics. data, images: of
-    open_dataset, or "scenes", n of them (None: what the run is for). features: of pair_features."""
+def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None, features=None,
+             prompts=PROMPT):
+    """Evaluate a run folder, or a file of weights, and write metrics.json (see place) -> the
+    metrics. data, images: what data.open_dataset takes, or "scenes" (n of them); None: what the run
+    was trained for. features: see pair_features. prompts: see read_prompts."""
     model, tok, args = load_run(folder, device)
     if not data:
         data = args.data if args.data == "scenes" else args.val
@@ -648,16 +767,18 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None
         raise UserError(f"{folder} was trained on {args.data}: name the pictures to evaluate on "
                         f"with --data PATH")
     if data == "scenes":
+        read_prompts(prompts, None)  # refuses any
         metrics = on_scenes(model, tok, args, n, progress=progress)
     else:
-        metrics = on_pairs(model, tok, args, open_dataset(data, images=images), progress, features)
+        pairs = open_dataset(data, images=images)
+        metrics = on_pairs(model, tok, args, pairs, progress, features, prompts)
     about = {"loss": args.loss, "model": args.model, "data": data, "step": args.step}
     about |= metrics.pop("about", {})
     metrics |= {"cost": args.cost, "about": about}
 
     def save(path):
         pathlib.Path(path).write_text(json.dumps(metrics, indent=1))
-    write(os.path.join(folder, "metrics.json"), save)
+    write(place(folder, "metrics.json"), save)
     return metrics
 
 
@@ -830,9 +951,12 @@ def main():
     ap = argparse.ArgumentParser(description="Evaluate runs: print a table, one column a run, and "
                                              "write metrics.json in each run folder.")
     ap.add_argument("runs", nargs="+", metavar="RUN",
-                    help="run folders, such as runs/sparc; or the word cost, for the papers' costs")
+                    help="run folders, such as runs/sparc; files of OpenAI CLIP's weights; or the "
+                         "word cost, for the papers' costs")
     ap.add_argument("--data", help="scenes, or as train.py --data (default: what the run is for)")
     ap.add_argument("--images", help="the folder of the pictures that a JSON file names")
+    ap.add_argument("--prompts", default=PROMPT, help="classify class folders with this template, "
+                    f"with a file of them, or with FILIP's for {', '.join(TABLE_11)}")
     ap.add_argument("--n", type=int, default=1000, help="number of test scenes")
     ap.add_argument("--features", metavar="FILE.npz",
                     help="of one run, on files: keep the features there, or search them again")
@@ -851,7 +975,8 @@ def main():
     if args.features and (len(args.runs) > 1 or args.data in (None, "scenes")):
         raise UserError("--features is for one run on files: name one RUN, and --data PATH")
     with contextlib.redirect_stdout(sys.stderr):  # notes
-        runs = {name: evaluate(run, args.data, args.n, device, True, args.images, args.features)
+        runs = {name: evaluate(run, args.data, args.n, device, True, args.images,
+                               args.features, args.prompts)
                 for name, run in zip(names, args.runs)}
     if args.json:
         print(json.dumps(runs, indent=1))

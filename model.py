@@ -2,8 +2,9 @@
 
     python model.py                      # every model: its name, sizes and number of parameters
     python model.py --model ViT-B/32     # one model: the names and shapes of its parameters
+    python model.py export runs/clip clip.pt    # a run's weights, for programs that read CLIP's
 
-Papers: FILIP 3.1 and Table 7; PyramidCLIP 3.1, 3.3, A.2 and Figure 6; SPARC 2, D.1, D.3 and D.7.
+Papers: FILIP 3.1, A.2, Table 7; PyramidCLIP 3.1, 3.3, A.2, Figure 6; SPARC 2, D.1, D.3, D.7.
 Parameter names are OpenAI CLIP's: load_openai(path) reads its weights, and its code reads ours.
     encode_image(images (B, 3, H, W))           -> v (B, D) pictures,  V (B, P, D) their patches
     encode_text(ids (C, L), mask (C, L))        -> t (C, D) texts,     T (C, L, D) their tokens
@@ -28,6 +29,7 @@ PyramidCLIP. Not in the paper but in its released model: LeFF's BatchNorm and ac
     token before the regions is random in the paper. As in that model, ours is the picture's own
     (ViT) or the regions' mean (ResNet). We mask padding among the regions, and both crops of a
     batch go through BatchNorm at once.
+FILIP. A.2 fine-tunes with larger images and does not say how positions follow: here bicubic.
 PACL, which SPARC compares with: e_v is written from others' descriptions, not from PACL's paper.
 `tiny` is ours: two layers of SPARC's towers, for CPUs and the built-in scenes.
 """
@@ -497,15 +499,8 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def build(name, **overrides):
-    """A model by name. overrides replace fields of Config; those that are None do not.
-    Raises UserError for an unknown name or field, and for settings that do not fit together."""
-    if name not in CONFIGS:
-        raise UserError(f"unknown model {name!r}: choose one of {', '.join(CONFIGS)}")
-    unknown = [field for field in overrides if field not in Config._fields]
-    if unknown:
-        raise UserError(f"no setting {', '.join(unknown)}: choose from {', '.join(Config._fields)}")
-    named = Config(**CONFIGS[name])
+def settle(name, named, overrides):
+    """A Config with the overrides that are not None -> Config. UserError: they do not fit."""
     c = named._replace(**{k: value for k, value in overrides.items() if value is not None})
     fixed = ("patch_size", "vision_width", "vision_layers", "vision_heads", "pool",
              "patches_through_h", "leff", "front", "embedder")
@@ -529,7 +524,59 @@ def build(name, **overrides):
         raise UserError(f"pool is cls or mean, not {c.pool!r}")
     if c.patches_through_h and c.pool == "cls":
         raise UserError("patches_through_h needs pool='mean': no other tower has the layer h_v")
-    return CLIP(**c._asdict())
+    return c
+
+
+def build(name, **overrides):
+    """A model by name. overrides replace fields of Config; those that are None do not.
+    Raises UserError for an unknown name or field, and for settings that do not fit together."""
+    if name not in CONFIGS:
+        raise UserError(f"unknown model {name!r}: choose one of {', '.join(CONFIGS)}")
+    unknown = [field for field in overrides if field not in Config._fields]
+    if unknown:
+        raise UserError(f"no setting {', '.join(unknown)}: choose from {', '.join(Config._fields)}")
+    return CLIP(**settle(name, Config(**CONFIGS[name]), overrides)._asdict())
+
+
+# ------------------------------------------------------------ trained weights, changed or passed on
+def resize_positions(x, grid):
+    """Positions (N, w) of a square of patches, or (1 + N, w) with [CLS] -> of grid x grid."""
+    side = math.isqrt(len(x))                                              # N = side x side
+    first, x = x.split([len(x) - side ** 2, side ** 2])
+    x = x.T.reshape(1, -1, side, side)                                     # (1, w, side, side)
+    x = F.interpolate(x, (grid, grid), mode="bicubic", antialias=True)
+    return torch.cat([first, x.flatten(2)[0].T])
+
+
+def adapt(model, **overrides):
+    """A trained model with other settings -> a new one, with its weights. overrides: as of build.
+    For another image_size positions are interpolated; what regions or embedder add starts fresh."""
+    new = CLIP(**settle("this model", Config(**model.config), overrides)._asdict())
+    state = model.state_dict()
+    [name] = {"visual.positional_embedding", "visual.attnpool.positional_embedding"} & set(state)
+    state[name] = resize_positions(state[name], new.visual.grid)
+    new.load_state_dict(state, strict=False)
+    return new
+
+
+def export(run, out):
+    """Write a run's weights as a state dict by OpenAI's names, which load_openai, OpenAI's code and
+    open_clip read. Raises UserError for towers that such a file can't describe."""
+    from eval import load_run                   # it is built on this file, so it comes late
+    model, tok, _ = load_run(run)
+    c, part = model.config, {VisionTransformer: 64, ModifiedResNet: 2}[type(model.visual)]
+    clips = dict(pool="cls", act="quickgelu", causal=True, leff=0, embedder=False,
+                 vision_heads=c["vision_width"] // part, text_heads=c["text_width"] // 64)
+    wrong = [f"{name}={c[name]}" for name in clips if c[name] != clips[name]]
+    if wrong:
+        raise UserError(f"{run} is not of CLIP's architecture ({', '.join(wrong)}), and OpenAI's "
+                        f"layout has no place for that: train with --model ViT-B/32 or RN50")
+    state = {k: x for k, x in model.state_dict().items()   # no picture passes PyramidCLIP's phi
+             if not k.startswith(("visual.phi", "visual.roi_norm"))}
+    write(out, lambda temporary: torch.save(state, temporary))
+    print(f"written: {out}")
+    if tok.vocab_size != TEXT["vocab_size"]:
+        print(f"note: its {tok.vocab_size:,} tokens are not CLIP's vocabulary; {run} has them")
 
 
 # ---------------------------------------------------------------------------------- the tokeniser
@@ -755,20 +802,28 @@ def openai_config(state):
                        vision_width=width, vision_layers=layers, vision_heads=heads)
 
 
+def read_weights(path):
+    """The dict in a file: a state dict, a checkpoint of train.py, or the tensors of a TorchScript
+    archive. No code in it is run. Raises nearly anything on other files."""
+    archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
+    if archive and any("/code/" in name for name in archive.namelist()):
+        return _TensorsOnly(archive).load()
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def openai_model(state):
+    """OpenAI CLIP's state dict -> the model in eval mode (for BatchNorm), in fp32."""
+    numbers = ("input_resolution", "context_length", "vocab_size")
+    state = {name: x.float() for name, x in state.items() if name not in numbers}
+    model = CLIP(**openai_config(state))
+    model.load_state_dict(state)
+    return model.eval()
+
+
 def load_openai(path):
-    """OpenAI CLIP's weights -> the model in eval mode (for BatchNorm), fp32. path: a state dict, or
-    the released TorchScript archive, whose code is not run. Raises UserError for other files."""
+    """A file with OpenAI CLIP's weights -> the model, see openai_model. UserError: another file."""
     try:
-        archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
-        if archive and any("/code/" in name for name in archive.namelist()):
-            state = _TensorsOnly(archive).load()
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        numbers = ("input_resolution", "context_length", "vocab_size")
-        state = {name: x.float() for name, x in state.items() if name not in numbers}
-        model = CLIP(**openai_config(state))
-        model.load_state_dict(state)
-        return model.eval()
+        return openai_model(read_weights(path))
     except Exception as e:                      # readers raise nearly anything on other files
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:150]
         raise UserError(f"can't read {path} as OpenAI CLIP's weights ({reason}): give the released "
@@ -777,8 +832,13 @@ def load_openai(path):
 
 def main():
     parser = argparse.ArgumentParser(description="List the models and their sizes.")
+    parser.add_argument("command", nargs="*", metavar="export RUN OUT", help="write CLIP's layout")
     parser.add_argument("--model", help="list this model's parameters")
     args = parser.parse_args()
+    if args.command:
+        if len(args.command) != 3 or args.command[0] != "export":
+            parser.error("the command is: export RUN OUT")
+        return export(*args.command[1:])
     with torch.device("meta"):                  # shapes without memory
         if args.model:
             for name, p in build(args.model).named_parameters():
@@ -794,7 +854,8 @@ def main():
 
 
 if __name__ == "__main__":
+    import model                                # as eval.py knows it, so that UserError is one
     try:
-        main()
-    except UserError as e:
+        model.main()
+    except model.UserError as e:
         raise SystemExit(f"model.py: {e}")

@@ -2,10 +2,11 @@
 
     torchrun train.py --loss sparc                    # scenes: no download, minutes on a CPU
     torchrun --nproc-per-node 8 train.py --loss filip --model ViT-B/32 --data photos/train.csv
+    torchrun train.py --loss sparc --init ViT-B-32.pt --data photos/train.csv  # fine-tune CLIP
 
 `training_step` is the algorithm, from the batch to the new weights; all else stands around it.
 Covers: SPARC 4.1 and D.4 (AdamW, warm-up, cosine, weights of the losses), FILIP 3.1.1 (the tokens
-that are sent), 4.1 and A.2 (LAMB, weight decay), PyramidCLIP 3.2, A.2 and F (crops, LeFF, terms).
+that are sent), 4.1, A.2 (LAMB, decay, fine-tuning), PyramidCLIP 3.2, A.2, F (crops, LeFF, terms).
 
 A run folder holds last.pt (weights, optimiser, vocabulary, options), log.csv, args.json, of files
 bad_rows.csv (what can't be used) and, at the end, metrics.json and align.png. A batch depends on
@@ -20,6 +21,8 @@ Differs from the papers:
   0.1 (SPARC 0.1 to 0.3, PyramidCLIP 0.2). It spares FILIP's list for all; SPARC gives no list.
 - Files are cropped at random. SPARC only resizes; FILIP adds AutoAugment, which is missing here.
   Scenes are not: their captions tell places. PyramidCLIP's local crop has a caption of its own.
+- --init takes a thirtieth of the rate, as FILIP: 6e-3 (Table 9), then 2e-4 (Table 10). PyramidCLIP
+  gets no LeFF then. What an objective adds (PACL's e_v, phi, MGCA's and GLoRIA's heads) is new.
 - Each learned scale is kept in 1..100 after every step. FILIP is known to be unstable; that, more
   --weight-decay, --clip-grad and CLIP's loss beside it (clip+filip) steady it.
 - BatchNorm (RN50, LeFF) sees the pictures of one process on CPUs, of all processes on GPUs.
@@ -37,7 +40,6 @@ import losses as objectives
 import model as models
 import visualize
 from data import BadRow, Batches, Scenes, Tokenizer, center_crop, collate, normalize, open_dataset
-from eval import count_faults, list_faults
 from losses import DTYPES, OBJECTIVES, SIX
 from model import DEVICES, UserError, pick_device, write
 
@@ -51,6 +53,9 @@ TINY = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, context
                       lr=1e-3)}
 # PyramidCLIP's options that its loss does not see: they shape the targets, the model or the data.
 PYRAMID = ("hard_targets", "leff", "no_leff", "local_crop", "regions")
+# What the weights of --init decide.
+BROUGHT = ("model", "pool", "patch_size", "layers", "width", "context_length", "patches_through_h",
+           "vocab", "leff", "no_leff")
 # Options that may change when a run is resumed: they do not change its numbers.
 FREE = ("out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every",
         "amp", "checkpointing", "compile", "val", "images", "max_bad")
@@ -81,10 +86,10 @@ def flags():
     add("--out", "write the run into this folder (runs/LOSS)")
     add("--steps", "take so many optimiser steps (scenes 2800, files 3000)", **whole)
     add("--batch-size", "pairs a step, over all processes; halve it if memory runs out", 128)
-    add("--lr", "set the peak learning rate (tiny: scenes 1.5e-3, files 1e-3; full size: 5e-4; "
-        "lamb: FILIP's 6e-3 sqrt(batch size / 512))", **number)
+    add("--lr", "set the peak rate (tiny 1.5e-3, files 1e-3; else 5e-4; lamb: FILIP's)", **number)
     add("--image-size", "set a picture's side (tiny: scenes 56, files 112; else model's)", **whole)
     add("--resume", "go on from the folder's last.pt, or start if there is none", **switch)
+    add("--init", "fine-tune OpenAI CLIP's weights, a run folder or its last.pt, at lr / 30")
     add("--seed", "change the initial weights, the data and its order", 0)
     amp = ("auto", "off", "bf16", "fp16")
     add("--amp", "choose autocast's precision; auto: bf16 where it is faster", "auto", choices=amp)
@@ -100,12 +105,9 @@ def flags():
     group = ap.add_argument_group("data")
     add("--images", "look here for the pictures that a JSON file names (beside it)")
     add("--val", "validate on these pairs (val.csv beside --data, if there is one)")
-    add("--max-bad", "stop if more than this share of the samples seen can't be used, and more "
-        "than 10; 0 stops at the first", 0.01)
-    add("--mask-equal-texts", "count no pair of a batch as another's negative if their texts are "
-        "equal, as class names are (the papers: they count)", **switch)
-    add("--vocab", "learn:N entries, or take CLIP's (clip, or the path of its merges; scenes "
-        "learn:1000, files learn:8000)")
+    add("--max-bad", "stop if over 10 samples, and this share, are bad; 0: at the first", 0.01)
+    add("--mask-equal-texts", "pairs of equal texts, as of a class, are no negatives", **switch)
+    add("--vocab", "learn:N, or clip, or the path of CLIP's merges (learn:1000, files learn:8000)")
     add("--crop", "crop to this share or more (scenes: no crop; files 0.5, pyramid 0.9)", **number)
     add("--paraphrase", "tell this share of scenes in other words, as for FILIP Table 4", 0.0)
     add("--mismatch", "let words and scenes disagree this often, as in PyramidCLIP Figure 1", 0.0)
@@ -119,8 +121,7 @@ def flags():
     group = ap.add_argument_group("FILIP (3.1.1, Table 5)")
     add("--keep", "compare this share of the tokens; the paper's is 0.25", 1.0)
     add("--one-sided", "keep all local tokens, as SPARC's FILIP does (SPARC Table 12)", **switch)
-    sent = [name for name in DTYPES if name]
-    add("--gather-dtype", "send tokens in this; the paper's is fp16 (as they are)", choices=sent)
+    add("--gather-dtype", "send tokens so; the paper: fp16 (as is)", choices=list(DTYPES)[1:])
     group = ap.add_argument_group("PyramidCLIP (Tables 5, 13, 14, 15, Figure 6)")
     add("--terms", "choose pairs of a picture (G, L, R) and a text (S, T, A); Tables 14 and 15 add "
         "RA, GT, LS (GS LT GA RS LA RT)", nargs="+", choices=[*SIX, "RA", "GT", "LS"], metavar="T")
@@ -139,6 +140,7 @@ def flags():
     add("--warmup", "warm up over so many steps; raise it if the loss sticks at ln(batch)", 100)
     add("--weight-decay", "shrink weight matrices (adamw 0.1; lamb: FILIP's 0.03)", **number)
     add("--beta2", "set AdamW's beta2", 0.98)
+    add("--freeze", "keep this tower as it is", nargs="+", choices=("image", "text", "none"))
     add("--clip-grad", "shorten gradients to this norm; 0 for no clipping", 1.0)
     add("--accum-steps", "compute a batch in so many parts, with the whole's gradient", 1)
     add("--checkpointing", "compute blocks twice to save memory (FILIP 4.1)", **switch)
@@ -174,11 +176,18 @@ def options():
     """The command line -> args, complete and checked. Raises UserError."""
     ap = flags()
     args = ap.parse_args()
+    if args.init and args.resume:
+        raise UserError("--init begins a run and --resume goes on with one: leave one of them out")
+    if args.resume:
+        ap.set_defaults(**begun(args))
+        args = ap.parse_args()
+    elif args.init:
+        bring(args, ap)
     for name, value in vars(args).items():
         if value != ap.get_default(name) and args.loss not in users(name):
             raise UserError(f"{flag(name)} means nothing to --loss {args.loss}: leave it out, or "
                             f"take --loss {' or '.join(users(name))}")
-    if args.model not in models.CONFIGS:
+    if args.model not in models.CONFIGS and not args.init:
         models.build(args.model)                             # raises, and says which there are
     if args.benchmark:
         args.steps, args.eval_every, args.log_every = 25, 0, 1000
@@ -189,10 +198,27 @@ def options():
     return args
 
 
+def bring(args, ap):
+    """The model's name and size from --init. UserError: an option that it decides."""
+    given = [flag(name) for name in BROUGHT if getattr(args, name) != ap.get_default(name)]
+    if given:
+        raise UserError(f"{' '.join(given)}: the weights of --init decide that; leave it out")
+    ckpt = evaluation.read_checkpoint(args.init)
+    args.model = ckpt["args"]["model"]
+    args.image_size = args.image_size or ckpt["config"]["image_size"]
+
+
+def begun(args):
+    """Options of a run that --init began, from its args.json, so that none has to be repeated."""
+    path, saved = pathlib.Path(args.out or f"runs/{args.loss}", "args.json"), {}
+    with contextlib.suppress(OSError, ValueError):
+        saved = json.loads(path.read_text())
+    return {k: x for k, x in saved.items() if saved.get("init") and k not in FREE}
+
+
 def fill_in(args):
     """Put the defaults that depend on other options where the command says nothing."""
-    kind = "scenes" if args.data == "scenes" else "files"
-    tiny = args.model == "tiny"
+    kind, tiny = "scenes" if args.data == "scenes" else "files", args.model == "tiny"
     defaults = {"out": os.path.join("runs", args.loss), "weight_decay": 0.1,
                 "terms": list(SIX), "lam": 1 / 3, "mu": 1 / 3,
                 "patches_through_h": tiny and args.pool != "cls",
@@ -209,6 +235,10 @@ def fill_in(args):
     beside = os.path.join(os.path.dirname(args.data), "val.csv")
     if os.path.isfile(args.data) and os.path.isfile(beside):
         defaults["val"] = beside
+    if args.init:                                            # FILIP Tables 9 and 10
+        defaults["lr"] /= 30
+        defaults["weight_decay"] /= 100 if args.optimizer == "lamb" else 1
+        defaults = {name: value for name, value in defaults.items() if name not in BROUGHT}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -230,6 +260,10 @@ def check(args):
         raise UserError(f"--max-bad is a share of the samples, in 0..1, not {args.max_bad}")
     if args.sigma != "1/P" and not 0 <= args.sigma <= 1:
         raise UserError(f"--sigma is a share of the largest similarity, in 0..1, not {args.sigma}")
+    frozen = set(args.freeze or ()) - {"none"}
+    if len(frozen) > 1 or (frozen and not args.init):
+        raise UserError("--freeze keeps a tower that --init brings, and leaves the other to learn: "
+                        "give --init, and one tower")
     if len(set(args.terms)) < len(args.terms):
         raise UserError(f"--terms {' '.join(args.terms)}: a term stands there twice")
     if min(args.lam, args.mu, args.alpha) < 0 or args.lam + args.mu > 1 or args.alpha >= 1:
@@ -269,11 +303,9 @@ def start_processes(args):
     else:
         keep_memory()
         if world > 1:                                        # torchrun leaves each one thread
-            cores = os.cpu_count()
-            if hasattr(os, "sched_getaffinity"):
-                cores = len(os.sched_getaffinity(0))
+            cores = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count()))(0)
             here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-            torch.set_num_threads(max(1, cores // here))
+            torch.set_num_threads(max(1, len(cores) // here))
     if world > 1:
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -362,7 +394,6 @@ def masked_info_nce(ids, M):
 
 class ModelAndLoss(nn.Module):
     """Both in one forward, so that DistributedDataParallel sees which parameters the loss uses."""
-
     def __init__(self, model, args, lap):
         super().__init__()
         self.model, self.lap, self.objective = model, lap, OBJECTIVES[args.loss]
@@ -403,7 +434,6 @@ def training_step(run, step):
             losses, f = run.parallel(batch)                  # the features, then their losses
         scaler.scale(losses["loss"]).backward()
     run.lap("backward")
-
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(module.parameters(), run.args.clip_grad or math.inf)
     losses = run.agree(losses)
@@ -422,11 +452,9 @@ def training_step(run, step):
 
 def in_parts(run, batch):
     """Losses and gradient of a batch of which only a part fits in memory, exact as in one go.
-
     The mean of the parts' losses would be that of a smaller batch. Instead: the features of all
     parts, without a gradient; the loss of all features, and its gradient with respect to them; each
-    part again, with that gradient. BatchNorm (RN50, LeFF) differs: it sees one part at a time.
-    """
+    part again, with that gradient. BatchNorm (RN50, LeFF) differs: it sees one part at a time."""
     module, parts = run.module, run.args.accum_steps
     columns = [x.chunk(parts) for x in batch.values()]
     chunks = [dict(zip(batch, column)) for column in zip(*columns)]
@@ -444,7 +472,8 @@ def in_parts(run, batch):
     for chunk, *grads in zip(chunks, *(f[name].grad.chunk(parts) for name in used)):
         with run.autocast():
             again = module.features(chunk)
-        torch.autograd.backward([again[name] for name in used], grads)
+        learns = [(again[name], g) for name, g in zip(used, grads) if again[name].requires_grad]
+        torch.autograd.backward(*zip(*learns))               # a frozen tower's do not
     for p in module.parameters():                            # what DistributedDataParallel does
         if run.world > 1 and p.grad is not None:
             dist.all_reduce(p.grad)
@@ -470,7 +499,6 @@ class LAMB(torch.optim.Optimizer):
     No bias correction, as in the code that FILIP names (A.2): u starts at up to 3.2 an entry, so
     warm up. A scale moves by lr times its own size, whatever its gradient.
     """
-
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
@@ -507,24 +535,22 @@ def make_optimizer(module, args):
 
 
 # --------------------------------------------------------------------------------- data and model
-def make_data(args, merges=None):
-    """-> training data, tokeniser (the checkpoint's merges, else what --vocab says)."""
+def make_data(args, tok=None):
+    """-> training data, tokeniser (the one that there is, else what --vocab says)."""
     if args.data == "scenes":
         size = args.image_size or models.CONFIGS[args.model]["image_size"]
         data = Scenes(1_000_000, args.seed, size, mismatch=args.mismatch,
                       paraphrase=args.paraphrase)
     else:
         data = open_dataset(args.data, args.regions, args.images)
+    if tok:
+        return data, tok
     entries = args.vocab.removeprefix("learn:")
-    if merges is not None:
-        tok = Tokenizer(merges)
-    elif entries == args.vocab:
-        tok = Tokenizer.clip(args.vocab)
-    elif entries.isdigit():
-        tok = Tokenizer.train(data.texts(), int(entries))
-    else:
-        raise UserError(f"--vocab {args.vocab}: the number of entries is missing, as in learn:8000")
-    return data, tok
+    if entries == args.vocab:
+        return data, Tokenizer.clip(args.vocab)
+    if entries.isdigit():
+        return data, Tokenizer.train(data.texts(), int(entries))
+    raise UserError(f"--vocab {args.vocab}: the number of entries is missing, as in learn:8000")
 
 
 def make_validation(args, tok, size, length):
@@ -546,28 +572,44 @@ def make_validation(args, tok, size, length):
     return samples and collate(samples, tok, length)
 
 
-def make_model(args, tok):
-    """The model, with what an objective wants of its towers."""
+def make_model(args, tok, start=None):
+    """The model, with what an objective wants of its towers. start: the trained one of --init."""
     special = {}
     if args.loss == "pacl":
         special = {"embedder": True}                         # a patch embedder of its own
     if args.loss == "pyramid":
-        layers, front = args.layers or models.CONFIGS[args.model]["vision_layers"], args.leff
+        own, front = models.CONFIGS.get(args.model), args.leff
+        if start:
+            own, front = start.config, start.config["front"]
+        layers = args.layers or own["vision_layers"]
         if front is None and isinstance(layers, int):        # not a ResNet
             front = layers - max(1, layers // 4)             # regions enter behind 9 of 12 blocks
         if isinstance(layers, int) and front > layers:
             raise UserError(f"--leff {front}: this model has {layers} blocks, choose 0 to {layers}")
         special = {"regions": 2052, "front": front, "leff": 0 if args.no_leff else front}
+    if start:                                                # LeFF would need other weights
+        return models.adapt(start, image_size=args.image_size, **special | {"leff": None})
     if args.width:
         special["vision_heads"] = special["text_heads"] = max(1, args.width // 64)
-    model = models.build(
+    return models.build(
         args.model, vocab_size=tok.vocab_size, context_length=args.context_length, pool=args.pool,
         image_size=args.image_size, patch_size=args.patch_size, vision_layers=args.layers,
         text_layers=args.layers, vision_width=args.width, text_width=args.width,
         patches_through_h=args.patches_through_h, **special)
+
+
+def prepare(model, args):
+    """-> the model in training mode, with --checkpointing, --freeze (BatchNorm's statistics too)"""
+    frozen = args.freeze or ()
+    model.train()
+    model.visual.train("image" not in frozen)
     for module in model.modules():
         if isinstance(module, models.Transformer):
             module.checkpointing = args.checkpointing
+    for name, p in model.named_parameters():
+        tower = "image" if name.startswith("visual.") else "text"
+        new = ("visual.e_v", "visual.phi", "visual.roi_norm", "logit_scale")
+        p.requires_grad_(tower not in frozen or name.startswith(new))
     return model
 
 
@@ -611,7 +653,6 @@ def report_texts(data, tok, length):
 class Run:
     """Data, model and optimiser of a run, and what its steps share. start: the step it begins with.
     first: this process writes files and talks. asked: a signal to stop came, and all know it."""
-
     def __init__(self, args):
         self.args, self.stop, self.asked, self.spent, self.lapped = args, False, False, {}, 0.0
         self.bad, self.known, self.found = {}, 0, []  # bad rows: all, before step 1, in this step
@@ -622,7 +663,10 @@ class Run:
         if self.world > 1:
             dist.broadcast_object_list(amp, 0)               # one answer for all
         args.amp = amp[0]
-        self.data, self.tok = make_data(args, ckpt and ckpt["merges"])
+        start, tok = None, ckpt and Tokenizer(ckpt["merges"])
+        if args.init and not ckpt:
+            start, tok, _ = evaluation.load_run(args.init)
+        self.data, self.tok = make_data(args, tok)
         self.content = "scenes"
         if args.data != "scenes":
             self.content = self.data.fingerprint()
@@ -630,7 +674,8 @@ class Run:
             raise UserError(f"{args.data} has other pictures or captions than the data that "
                             f"{args.out} was trained on: give the same data, or another --out")
         torch.manual_seed(args.seed)
-        self.model = make_model(args, self.tok).to(self.device)
+        model = models.CLIP(**ckpt["config"]) if ckpt else make_model(args, self.tok, start)
+        self.model = prepare(model.to(self.device), args)
         self.module = ModelAndLoss(self.model, args, self.lap).to(self.device)
         self.optimizer = make_optimizer(self.module, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
@@ -640,8 +685,7 @@ class Run:
             for name, part in self.state().items():
                 part.load_state_dict(ckpt[name])
         if args.data != "scenes":
-            rows = [e.args for e in self.data.bad]
-            self.add_bad(rows, len(self.data.texts()))
+            self.add_bad([e.args for e in self.data.bad], len(self.data.texts()))
             self.known = len(self.bad)
             self.add_bad(ckpt.get("bad", []) if ckpt else [], self.start * args.batch_size)
         if self.first:
@@ -687,7 +731,8 @@ class Run:
         args, text = self.args, json.dumps(vars(self.args), indent=1)
         write(os.path.join(args.out, "args.json"), lambda tmp: pathlib.Path(tmp).write_text(text))
         cut_log(os.path.join(args.out, "log.csv"), self.start)
-        print(f"{args.loss} on {args.data}: {models.count(self.model):,} parameters, "
+        origin = args.init or "scratch"
+        print(f"{args.loss} on {args.data} from {origin}: {models.count(self.model):,} parameters, "
               f"{len(self.data):,} pictures, vocabulary {self.tok.vocab_size:,}, "
               f"{args.steps - self.start} steps of {args.batch_size}, "
               f"{self.world} x {self.device.type}, {args.amp}; results go to {args.out}")
@@ -746,14 +791,14 @@ class Run:
         self.bad |= dict.fromkeys(rows)
         path = os.path.join(self.args.out, "bad_rows.csv")
         if self.first:
-            list_faults(path, self.bad)
+            evaluation.list_faults(path, self.bad)
         share, new = self.args.max_bad, list(self.bad)[self.known:]
         seen = good + len(new)
         if len(new) > (max(10, share * seen) if share else 0):
             if done:
                 self.save(done)
                 self.bar.close()
-            kinds = "; ".join(f"{n:,} x {kind}" for kind, n in count_faults(new)[:3])
+            kinds = "; ".join(f"{n:,} x {kind}" for kind, n in evaluation.count_faults(new)[:3])
             raise UserError(f"{len(new):,} of {seen:,} samples can't be used ({kinds}), more than "
                             f"--max-bad {share} allows: mend them or raise it; {path} lists them, "
                             f"and `python data.py check {self.args.data}` finds all")
@@ -850,7 +895,7 @@ def validate(run, done):
         for i in range(0, len(f["v"]) - b + 1, b):
             some = {name: x[i:i + b] if x.ndim else x for name, x in f.items()}
             losses.append(module.objective.loss(some, head, **module.options)["loss"].item())
-    run.model.train()
+    prepare(run.model, run.args)
     scores = evaluation.similarities(module.objective, *(f[name] for name in "vVtTM"))
     own = torch.arange(len(f["v"]), device=run.device)
     r = evaluation.retrieval(*scores, own, number_texts(f["ids"]))

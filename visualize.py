@@ -503,7 +503,7 @@ def chart(curves):
 
 def draw_curves(folders, out=None):
     """What runs logged, over steps -> the path of a sheet, with a chart for each column."""
-    logs, out = [], out or os.path.join(folders[0], "curves.png")
+    logs, out = [], out or evaluation.place(folders[0], "curves.png")
     for folder in folders:
         path = os.path.join(folder, "log.csv")
         if not os.path.isfile(path):
@@ -535,7 +535,7 @@ def draw_run(folders, data=None, n=6, device="cpu", out=None, images=None, how="
             raise UserError(f"{folders[0]} was trained on {args.data}: name a picture with --image "
                             f"and --text, or --data PATH")
         samples = [collect(run, data, images, n, args.seed) for run in runs]
-    out = out or os.path.join(folders[0], "align.png")
+    out = out or evaluation.place(folders[0], "align.png")
     align_sheet(runs, [some[:SHEET] for some in samples], out, how)
     if not own and all(os.path.isfile(os.path.join(folder, "log.csv")) for folder in folders):
         curves = [draw_curves(folders, os.path.join(os.path.dirname(out), "curves.png"))]
@@ -547,7 +547,7 @@ def flags():
     ap = argparse.ArgumentParser(description="Draw what runs have learned, into the first folder.")
     add = ap.add_argument
     add("runs", nargs="+", metavar="RUN",
-        help="run folders of train.py, such as runs/sparc; `curves RUN ...` draws their log.csv")
+        help="run folders, such as runs/sparc, or files of weights; `curves RUN ...` draws log.csv")
     add("--image", help="a picture of your own")
     add("--text", help="what it shows, as in \"a photo of a balloon\"")
     add("--words", nargs="+", help="words or phrases to mark (default: all but a, on, left ...)")
@@ -575,7 +575,7 @@ def main():
     if args.image:
         own = Sample(open_image(args.image, 2 * SIDE), args.text, args.words)
         name = "align-" + os.path.splitext(os.path.basename(args.image))[0]
-        args.out = args.out or os.path.join(args.runs[0], name + ".png")
+        args.out = args.out or evaluation.place(args.runs[0], name + ".png")
         if args.fit == "crop" and own.image.width != own.image.height:
             print(f"note: {args.image} is cut to a square: --fit pad shows all", file=sys.stderr)
     print(*draw_run(args.runs, args.data, args.n, device, args.out, args.images, args.fit, own))

@@ -217,7 +217,7 @@ def test_prompts_are_averaged(loss):
         best = [max(cosine(V[b, p], T[n, l]) for l in range(lengths[n]))
                 for n in range(3) for p in range(4)]
         return sum(best) / 12
-    got = evaluation.classify(OBJECTIVES[loss], v, V, classes).tolist()
+    got = evaluation.classify(OBJECTIVES[loss], v, V, classes).argmax(1).tolist()
     want = [max(range(4), key=[score(b, k) for k in range(4)].__getitem__) for b in range(50)]
     assert got == want and len(set(got)) == 4
 
@@ -628,6 +628,131 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "|" not in plain and "drop_k2: a dash: only sparc's and gloria's" in plain
     with pytest.raises(UserError, match="--features is for one run on files"):
         say("--features", file)
+
+
+def class_folders(root, **counts):
+    """A folder with so many pictures of each class -> its path. Picture n of class k is a square of
+    colour (20 k, n, 0)."""
+    for k, (name, n) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (56, 56), (20 * k, i, 0)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """A model that reads the class off a picture's red, as a unit vector, and text features from a
+    dict -> that dict, of texts it has met (each takes the vector of the first digit in it)."""
+    met = {}
+
+    def images(model, crops, **options):
+        red = torch.tensor([im.getpixel((9, 9))[0] // 20 for im in crops])
+        return torch.eye(8)[red], torch.zeros(len(crops), 4, 8)
+
+    def texts(model, tok, captions):
+        met.update(dict.fromkeys(captions))
+        digits = [next((int(c) for c in text if c.isdigit()), 7) for text in captions]
+        t = torch.eye(8)[digits]
+        return t, t[:, None], torch.ones(len(t), 1, dtype=torch.bool)
+    monkeypatch.setattr(evaluation, "encode_images", images)
+    monkeypatch.setattr(evaluation, "encode_texts", texts)
+    return met
+
+
+def classify_folder(folder, run, **more):
+    return evaluation.evaluate(run, str(folder), progress=False, **more)["classification"]
+
+
+def test_class_folders_by_hand(tmp_path, by_hand, capsys):
+    """The last folder has the first one's digit, so the two texts tie, and nothing looks like its
+    pictures. An empty folder is no class. Underscores are spaces. One class has one picture."""
+    folder = class_folders(tmp_path / "d", a_0=4, b_1=1, c__2=3, d_0=2)
+    (folder / "nothing_here").mkdir()
+    run = make_run(tmp_path / "run", loss="clip", data="x.csv")
+    got = classify_folder(folder, run, prompts="the {}")
+    assert got == pytest.approx({"class": 40, "per_class": 50, "top5": 100})
+    assert {"the a 0", "the b 1", "the c  2", "the d 0"} < set(by_hand)
+    assert "1 folders without pictures are left out; the first: nothing_here" in (
+        capsys.readouterr().out)
+
+
+def test_names_from_classes_txt(tmp_path, by_hand):
+    """Two folders of one name are one class; a name may have commas; the order is free."""
+    folder = class_folders(tmp_path / "d", n_01=4, n_02=1, n03=3)
+    names = ["n03,kind 2, really", "n_01, kind 0", "", "n_02,kind 0", "n04,kind 1"]
+    (folder / "classes.txt").write_text("\n".join(names))
+    run = make_run(tmp_path / "run", loss="clip", data="x.csv")
+    got = classify_folder(folder, run, prompts="{}")
+    # the picture of n_02 looks like 1, of which there is no text: it ties with all
+    assert got == pytest.approx({"class": 700 / 8, "per_class": 90, "top5": 100})
+    assert {"kind 0", "kind 2, really"} < set(by_hand) and "kind 1" not in by_hand
+    (folder / "classes.txt").write_text("n_01,kind 0\nn03\n")
+    with pytest.raises(UserError, match="classes.txt gives no name to 2 folders, .* is n 02: each"):
+        classify_folder(folder, run)
+
+
+def test_one_prompt_stands_beside_the_ensemble(tmp_path, by_hand):
+    """The first prompt misleads: it calls all of them 7. The mean of the three does not."""
+    folder = class_folders(tmp_path / "d", a_0=2, b_1=2)
+    (tmp_path / "prompts.txt").write_text("7 or {}\n\n{}\n a {} \n")
+    run = make_run(tmp_path / "run", loss="clip", data="x.csv")
+    got = classify_folder(folder, run, prompts=str(tmp_path / "prompts.txt"))
+    assert list(got) == ["class", "class_one_prompt", "per_class", "per_class_one_prompt", "top5",
+                         "top5_one_prompt"]
+    assert (got["class"], got["class_one_prompt"], got["per_class_one_prompt"]) == (100, 0, 0)
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ("a photo", "--prompts a photo: give a template with {} .*CIFAR10"),
+    ("imagenet", "--prompts imagenet: give a template"), ("FILE", "a file with such a template"),
+    ("EMPTY", "a file with such a template")])
+def test_bad_prompts_are_one_sentence(tmp_path, given, sentence):
+    files = {"FILE": "a {}\nno place\n", "EMPTY": "\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    given = str(tmp_path / given) if given in files else given
+    with pytest.raises(UserError, match=sentence):
+        evaluation.read_prompts(given, ["dog"])
+
+
+def test_prompts_need_classes(tmp_path):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(UserError, match="--prompts is for a folder of class folders"):
+        evaluation.evaluate(run, prompts="a {}", progress=False)
+
+
+def test_prompts_are_filips_table_11():
+    """As many as its prefixes, descriptions and suffixes give, all different; some of them."""
+    counts = dict(CIFAR10=7 * 6, CIFAR100=7 * 6, Caltech101=4 * 5, StanfordCars=4 * 2 * 6,
+                  Flowers102=6 * 2 * 4, ImageNet=5 * 6, Food101=3 * 2 * 7, SUN397=8 * 6,
+                  DTD=2 * 3 * 5, Aircrafts=4 * 3 * 5, OxfordPets=3 * 2 * 5, EuroSAT=5 * 2 * 4)
+    lists = {name: evaluation.read_prompts(name, ["dog"]) for name in evaluation.TABLE_11}
+    assert {name: len(set(prompts)) for name, prompts in lists.items()} == counts
+    assert all(len(prompts) == counts[name] for name, prompts in lists.items())
+    assert lists["CIFAR10"][0] == "a photo of a {}."
+    assert lists["CIFAR10"][-1] == "a doodle {}. Hope you like it."
+    pets, flowers = lists["OxfordPets"], lists["Flowers102"]
+    assert "a low resolution photo of my {}, a type of dog or cat. It's cute." in pets
+    assert "itap of many {}, a type of bloom. It gives out a sweet fragrance." in flowers
+    assert lists["EuroSAT"][4] == "a photo of a {}, an example of aerial or satellite images."
+    assert "itap of a {}. It's not common in daily life." in lists["ImageNet"]
+
+
+def test_class_accuracy_is_the_loop():
+    """Few values, so many ties; class 6 has no picture."""
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 6, (40, 9), generator=g).float()
+    label = torch.tensor([0, 1, 2, 3, 4, 5, 7, 8] * 5)
+    scores[torch.arange(40), label] += 2
+    rank = [sum(s >= row[k] for s in row) - 1 for row, k in zip(scores.tolist(), label.tolist())]
+    each = [[r == 0 for r, k in zip(rank, label.tolist()) if k == kind] for kind in range(9)]
+    want = {"class": sum(r == 0 for r in rank) / 40, "top5": sum(r < 5 for r in rank) / 40,
+            "per_class": sum(sum(x) / len(x) for x in each if x) / 8}
+    want = {name: 100 * share for name, share in want.items()}
+    assert evaluation.class_accuracy(scores, label) == pytest.approx(want)
+    nothing = evaluation.class_accuracy(torch.full((2, 9), torch.nan), torch.tensor([3, 8]))
+    assert set(nothing.values()) == {0}
 
 
 def test_table():

@@ -12,13 +12,17 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import types
 import zipfile
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from model import (CLIP, CONFIGS, Attention, LayerNorm, LeFF, QuickGELU, Transformer, UserError,
-                   _TensorsOnly, build, clamp_scales, count, load_openai)
+                   _TensorsOnly, adapt, build, clamp_scales, count, export, load_openai,
+                   openai_model, resize_positions)
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = dict(image_size=32, patch_size=8, vision_width=32, vision_layers=2, vision_heads=4,
@@ -789,3 +793,150 @@ def test_a_files_classes_only_hold_tensors(module, name):
     """Whatever a file names becomes a Bag: no function of that name."""
     found = _TensorsOnly.__new__(_TensorsOnly).find_class(module, name)
     assert found.__bases__ == (_TensorsOnly.Bag,)
+
+
+# ------------------------------------------------------------------ another program, another size
+def seeded_state(kind):
+    """Random weights of OpenAI's layout that are the same with every version of PyTorch."""
+    state = small(kind, **({} if kind == "resnet" else WIDE)).state_dict()
+    random = np.random.RandomState(0)
+    for name, x in state.items():
+        noise = torch.from_numpy(random.standard_normal(x.shape)).float()
+        if name == "logit_scale":
+            state[name] = torch.tensor(2.5)
+        elif name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(1)
+        elif name.endswith("running_var") or (x.ndim == 1 and name.endswith("weight")):
+            state[name] = 1 + noise.abs() / 4
+        elif x.ndim == 1:
+            state[name] = noise / 8
+        else:
+            state[name] = noise * (x.numel() / len(x)) ** -0.5
+    return {name: x.half().float() for name, x in state.items()}           # as released: in fp16
+
+
+def seeded_inputs(size):
+    images = np.random.RandomState(1).standard_normal((2, 3, size, size))
+    return torch.from_numpy(images).float(), captions()
+
+
+@torch.no_grad()
+def open_clips(state, images, ids):
+    """The logits by open_clip, whose interpolation of positions knows ViTs' name only."""
+    from open_clip import model as other
+    [name] = {"visual.positional_embedding", "visual.attnpool.positional_embedding"} & set(state)
+    side = images.shape[-1] // (8 if name == "visual.positional_embedding" else 32)
+    shell = types.SimpleNamespace(visual=types.SimpleNamespace(grid_size=(side, side)))
+    positions = {"visual.positional_embedding": state[name]}
+    other.resize_pos_embed(positions, shell)
+    state = state | {name: positions["visual.positional_embedding"]}
+    m = other.build_model_from_openai_state_dict(state, cast_dtype=torch.float32).float().eval()
+    v, t, scale = m(images, ids)
+    return scale * v @ t.T
+
+
+# What open_clips gave with open_clip 3.3.0: two pictures with two texts. The positions belong to
+# pictures of 32 (cls) and 64 (resnet) pixels; at the other sizes they are interpolated.
+OPEN_CLIP = {
+    ("cls", 40): [[1.27814, 1.38866], [1.49976, -0.98987]],
+    ("cls", 32): [[0.97276, 0.24453], [0.95231, 0.10063]],
+    ("resnet", 96): [[-3.03615, -0.26556], [-3.0301, -0.25095]],
+    ("resnet", 64): [[-2.95789, -0.09715], [-2.95108, -0.12219]]}
+
+
+@torch.no_grad()
+def our_logits(state, images, ids, mask):
+    m = adapt(openai_model(state), image_size=images.shape[-1]).eval()
+    v, t = m.encode_image(images)[0], m.encode_text(ids, mask)[0]
+    return m.logit_scale.exp() * F.normalize(v) @ F.normalize(t).T
+
+
+@pytest.mark.parametrize("kind, size", OPEN_CLIP)
+def test_logits_are_those_that_open_clip_gave(kind, size):
+    images, text = seeded_inputs(size)
+    logits = our_logits(seeded_state(kind), images, *text)
+    assert close(logits, torch.tensor(OPEN_CLIP[kind, size]), 1e-4)
+
+
+@pytest.mark.parametrize("kind, size", OPEN_CLIP)
+def test_logits_are_open_clips_where_it_is_installed(kind, size):
+    pytest.importorskip("open_clip")
+    state, (images, (ids, mask)) = seeded_state(kind), seeded_inputs(size)
+    assert close(our_logits(state, images, ids, mask), open_clips(state, images, ids), 1e-4)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("grid", [3, 5, 9])
+def test_positions_are_resized_as_pillow_resizes(grid, first):
+    x = torch.randn(first + 25, 4, generator=torch.Generator().manual_seed(grid))
+    got = resize_positions(x, grid)
+    assert got.shape == (first + grid ** 2, 4) and got[:first].equal(x[:first])
+    for channel, expected in zip(x[first:].T.view(4, 5, 5), got[first:].T.view(4, grid, grid)):
+        im = Image.fromarray(channel.numpy()).resize((grid, grid), Image.Resampling.BICUBIC)
+        assert close(expected, torch.from_numpy(np.array(im)), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cls", "mean", "resnet"])
+def test_a_model_for_images_of_another_size(kind):
+    """At its own size nothing changes. At another one all but the positions is the same."""
+    m, size = small(kind), picture_size(kind)
+    images = pictures(size)
+    assert close(adapt(m).eval().encode_image(images)[1], m.encode_image(images)[1])
+    larger = adapt(m, image_size=2 * size).eval()
+    v, V = larger.encode_image(pictures(2 * size))
+    assert V.shape == (3, 4 * m.visual.grid ** 2, 24) and v.isfinite().all()
+    differ = [k for k, x in larger.state_dict().items() if not x.equal(m.state_dict().get(k))]
+    assert len(differ) == 1 and differ[0].endswith("positional_embedding")
+    with pytest.raises(UserError, match="do not divide an image of 100"):
+        adapt(m, image_size=100)
+
+
+@pytest.mark.parametrize("kind", ["cls", "mean"])
+def test_what_objectives_add_starts_fresh(kind):
+    m = small(kind)
+    new = adapt(m, regions=20, front=1, embedder=True)
+    added = set(new.state_dict()) - set(m.state_dict())
+    assert {k.split(".")[1] for k in added} == {"phi", "e_v"}
+    assert all(x.equal(m.state_dict()[k]) for k, x in new.state_dict().items() if k not in added)
+    assert adapt(new).visual.front == 1                                    # and no setting is lost
+    with pytest.raises(UserError, match="ResNet, which has no embedder"):
+        adapt(small("resnet"), embedder=True)
+
+
+def save_run(folder, model):
+    """A run folder as train.py leaves it, with an empty vocabulary."""
+    folder.mkdir()
+    symbols = model.config["vocab_size"] - 514
+    torch.save({"config": model.config, "model": model.state_dict(), "head": {}, "step": 1,
+                "args": {"loss": "clip"}, "merges": ["a b"] * symbols}, folder / "last.pt")
+    return str(folder)
+
+
+@pytest.mark.parametrize("more", [{}, {"regions": 20, "front": 1}])
+def test_an_exported_run_is_an_openai_file(more, tmp_path, capsys):
+    m = small("cls", vocab_size=520, **WIDE | more)
+    export(save_run(tmp_path / "run", m), str(tmp_path / "out.pt"))
+    assert "not CLIP's vocabulary" in capsys.readouterr().out
+    again, images = load_openai(tmp_path / "out.pt"), pictures()
+    assert again.encode_image(images)[0].equal(m.encode_image(images)[0])
+    assert set(torch.load(tmp_path / "out.pt")) == set(small("cls", **WIDE).state_dict())
+
+
+@pytest.mark.parametrize("kind, more, sentence", [
+    ("mean", {}, "pool=mean, act=gelu, causal=False"), ("cls", {"leff": 1}, "leff=1"),
+    ("cls", {"act": "gelu"}, "act=gelu"), ("cls", {"vision_heads": 4}, "vision_heads=4"),
+    ("cls", {"embedder": True}, "embedder=True")])
+def test_other_towers_are_not_exported(kind, more, sentence, tmp_path):
+    """The layout of OpenAI's files says nothing about them, so they would be misread."""
+    run = save_run(tmp_path / "run", small(kind, vocab_size=520, **WIDE | more))
+    with pytest.raises(UserError, match=sentence):
+        export(run, str(tmp_path / "out.pt"))
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("words, sentence", [("export none out.pt", "no checkpoint none/last.pt"),
+                                             ("export out.pt", "the command is: export RUN OUT")])
+def test_the_commands_errors_are_sentences(words, sentence, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "model.py", *words.split()], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode and sentence in done.stderr and "Traceback" not in done.stderr

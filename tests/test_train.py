@@ -6,10 +6,12 @@
 """
 import argparse
 import csv
+import gzip
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +20,9 @@ import pytest
 import torch
 from PIL import Image
 import train
-from data import Batches, Scenes, Tokenizer
-from model import UserError
+from data import BYTES, MERGES, Batches, Scenes, Tokenizer
+from model import UserError, build
+from test_model import hierarchy
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ("--steps 6 --batch-size 8 --layers 1 --width 64 --workers 0 --eval-every 0 --log-every 1 "
@@ -643,6 +646,187 @@ def test_parts_equal_the_whole(go, tmp_path, loss):
     assert moments[0].keys() == moments[1].keys()
     for k, x in moments[0].items():
         assert (x - moments[1][k]).norm() <= 1e-5 * x.norm() + 1e-9
+
+
+# -------------------------------------------------------------------------------- --init, --freeze
+TUNE = "--steps 6 --batch-size 8 --workers 0 --eval-every 0 --log-every 1 --save-every 2 --amp off"
+
+
+@pytest.fixture
+def tune(monkeypatch, tmp_path):
+    """tune("--init", ...) trains, with no option that --init decides -> what train() returns."""
+    def run(*more):
+        words = ["train.py", *TUNE.split(), "--out", tmp_path / "run", *more]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        return train.train(train.options())
+    return run
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A scenes run to start from."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    words = "--steps 100 --batch-size 32 --lr 3e-3 --save-every 100 --loss clip --out".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *SMALL, *words, str(folder)])
+        train.train(train.options())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """An archive in OpenAI's layout with random weights, and beside it a file of 48,894 merges."""
+    folder = tmp_path_factory.mktemp("released")
+    torch.manual_seed(0)
+    model = build("ViT-B/32", image_size=32, patch_size=8, vision_width=64, vision_heads=1,
+                  vision_layers=2, text_width=64, text_heads=1, text_layers=1, embed_dim=32,
+                  context_length=16)
+    module = hierarchy(model.requires_grad_(False).state_dict())
+    torch.jit.save(torch.jit.trace(module, torch.zeros(1)), folder / "tiny.pt")
+    pairs = [f"{a} {b}" for a in BYTES.values() for b in BYTES.values()][:48894]
+    with gzip.open(folder / MERGES, "wt", encoding="utf-8") as file:
+        file.write("\n".join(["a note", *pairs]))
+    return folder / "tiny.pt"
+
+
+@pytest.mark.filterwarnings("ignore")                        # torch.jit is on its way out
+def test_a_released_archive_is_evaluated_and_drawn(released, tmp_path, monkeypatch, capsys):
+    """The results lie beside it, by its name."""
+    table, beside = photos(tmp_path, GOOD), str(released.with_suffix(""))
+    for module, words in ((train.evaluation, ["--data", table]),
+                          (train.visualize, ["--data", table, "--n", "2"]),
+                          (train.visualize, ["--image", tmp_path / "1.png", "--text", "a thing"])):
+        monkeypatch.setattr(sys, "argv", ["", str(released), "--device", "cpu", *map(str, words)])
+        module.main()
+    metrics = json.loads(open(beside + "-metrics.json").read())
+    assert metrics["about"]["model"] == "tiny.pt" and metrics["about"]["pictures"] == 4
+    assert all(Image.open(f"{beside}-{name}.png").width > 600 for name in ("align", "align-1"))
+    assert "| retrieval i2t_r1" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loss", ["clip", "filip", "sparc", "pyramid"])
+def test_a_released_archive_is_fine_tuned_at_another_size(tune, released, tmp_path, loss):
+    """20 steps on four pictures of 48 pixels lower the loss; the towers stay CLIP's."""
+    words = ["--batch-size", 4, "--steps", 20, "--save-every", 100, "--lr", 1e-3, "--warmup", 1]
+    data = ["--data", photos(tmp_path, GOOD)]
+    assert tune("--init", released, "--loss", loss, "--image-size", 48, *words, *data)
+    losses = [float(row["loss"]) for row in read_rows(tmp_path / "run")]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    ckpt = read_checkpoint(tmp_path / "run")
+    assert ckpt["config"]["act"] == "quickgelu" and ckpt["config"]["image_size"] == 48
+    assert ckpt["model"]["visual.positional_embedding"].shape == (37, 64)
+    assert len(ckpt["merges"]) == 48894 and ckpt["args"]["model"] == "tiny.pt"
+    assert ckpt["config"]["leff"] == 0
+
+
+def test_a_run_as_init_needs_fewer_steps(tune, begun, go, tmp_path):
+    """After 10 steps the loss is lower than from scratch at any time in 30."""
+    words = ["--loss", "clip", "--batch-size", 32, "--seed", 1, "--save-every", 100]
+    assert go(*words, "--lr", 3e-3, "--steps", 30, "--out", tmp_path / "scratch")
+    assert tune(*words, "--lr", 3e-4, "--steps", 10, "--init", begun)
+    tuned, scratch = ([float(row["loss"]) for row in read_rows(tmp_path / run)]
+                      for run in ("run", "scratch"))
+    assert sum(tuned[-5:]) / 5 < min(sum(scratch[k:k + 5]) / 5 for k in range(26))
+
+
+def test_a_run_from_init_resumes_without_the_file(tune, begun, tmp_path):
+    """To the numbers of an unbroken one, and no option has to be given again."""
+    first = tmp_path / "first"
+    shutil.copytree(begun, first)
+    words = ["--init", first, "--loss", "filip", "--keep", 0.5, "--freeze", "text"]
+    assert tune(*words, "--out", tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        before_clamp(patch, 4, interrupt)
+        tune(*words)
+    shutil.rmtree(first)
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["init"] == str(first)
+    with pytest.raises(UserError, match=r"--keep 0.5 \(now 0.25\)"):
+        tune("--resume", "--keep", 0.25)
+    assert tune("--resume")
+    assert read_rows(tmp_path / "whole") == read_rows(tmp_path / "run")
+    assert same_weights(*map(read_checkpoint, (tmp_path / "whole", tmp_path / "run")))
+
+
+@pytest.mark.parametrize("loss, added", [
+    ("clip", set()), ("pacl", {"e_v"}), ("pyramid", {"phi"}), ("mgca", set())])
+def test_what_init_brings_and_what_starts_fresh(parse, begun, monkeypatch, loss, added):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--init", str(begun), "--loss", loss])
+    args = train.options()
+    start, tok, _ = train.evaluation.load_run(args.init)
+    model = train.make_model(args, tok, start)
+    old, new = read_checkpoint(begun), model.state_dict()
+    assert tok.merges == old["merges"]
+    assert {name.split(".")[1] for name in set(new) - set(old["model"])} == added
+    assert all(x.equal(old["model"][name]) for name, x in new.items() if name in old["model"])
+
+
+def test_fine_tuning_takes_a_thirtieth_of_the_rate(parse, begun, released, monkeypatch):
+    """FILIP: 6e-3 for pre-training (Table 9), 2e-4 for fine-tuning (Table 10), at batch 512."""
+    def rate(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        args = train.options()
+        return args.lr, args.weight_decay, args.sigma, args.image_size
+    assert rate("--init", begun) == (pytest.approx(1.5e-3 / 30), 0.1, 0.5, 56)
+    assert rate("--init", released, "--image-size", 64) == (
+        pytest.approx(5e-4 / 30), 0.1, "1/P", 64)
+    lamb = rate("--init", released, "--optimizer", "lamb", "--batch-size", 2048)
+    assert lamb[:2] == (pytest.approx(2 * 2e-4), 3e-4)
+    assert rate("--init", begun, "--lr", 1e-3)[0] == 1e-3
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("tower, loss", [("image", "sparc"), ("text", "sparc"), ("image", "pacl")])
+def test_a_frozen_tower_keeps_its_weights(tune, begun, tmp_path, tower, loss, parts):
+    """Not so the other one, the scale, and what the objective adds."""
+    assert tune("--init", begun, "--loss", loss, "--freeze", tower, "--accum-steps", parts)
+    old, new = (read_checkpoint(run)["model"] for run in (begun, tmp_path / "run"))
+    moved = {name for name in new if not new[name].equal(old.get(name, torch.ones(())))}
+    still = {name for name in old if name.startswith("visual.") == (tower == "image")}
+    still -= {"logit_scale", *(set(old) - set(new))}
+    assert not moved & still and "logit_scale" in moved
+    assert moved >= {"text_projection" if tower == "image" else "visual.conv1.weight"}
+    assert loss != "pacl" or "visual.e_v.skip.weight" in moved
+
+
+def test_a_frozen_resnet_keeps_its_batchnorms_statistics(tune, go, tmp_path):
+    words = ["--model", "RN50", "--image-size", 32, "--vocab", "learn:600"]
+    data = ["--data", photos(tmp_path, GOOD), "--val", photos(tmp_path, GOOD), "--batch-size", 4]
+    small = dict(vision_width=8, vision_layers=(1, 1, 1, 1), vision_heads=4, text_layers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.models.CONFIGS, "RN50", train.models.CONFIGS["RN50"] | small)
+        assert tune(*words, *data, "--out", tmp_path / "first", "--steps", 1)
+    first = tmp_path / "first"
+    more = ["--eval-every", 1, "--steps", 3, *data]
+    assert tune("--init", first, "--freeze", "image", *more)
+    old, new = (read_checkpoint(run)["model"] for run in (first, tmp_path / "run"))
+    assert all(new[k].equal(x) for k, x in old.items() if k.startswith("visual."))
+    assert tune("--init", first, "--freeze", "none", *more, "--overwrite")
+    assert not read_checkpoint(tmp_path / "run")["model"]["visual.bn1.running_mean"].equal(
+        old["visual.bn1.running_mean"])
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("--init BEGUN --resume", "--init begins a run and --resume goes on with one"),
+    ("--init BEGUN --freeze image text", "leaves the other to learn: .*one tower"),
+    ("--freeze image", "--freeze keeps a tower that --init brings.*: give --init"),
+    ("--init BEGUN --layers 3 --pool cls", "--pool --layers: the weights of --init decide"),
+    ("--init BEGUN --vocab learn:600", "--vocab: the weights of --init decide"),
+    ("--init BEGUN --image-size 70", "patches of 8 pixels do not divide an image of 70"),
+    ("--init none", "no checkpoint none/last.pt, and no file of weights none"),
+    ("--init OTHER", "no visual.conv1.weight.*lacks args, config"),
+    ("--init SMALL", "has 618 tokens, CLIP's published vocabulary has 49,408"),
+])
+def test_bad_init_is_one_sentence(tune, begun, released, tmp_path, words, sentence):
+    """OTHER: a file of another layout. SMALL: CLIP's layout, but not its vocabulary."""
+    files = {"BEGUN": begun, "OTHER": tmp_path / "other.pt", "SMALL": released.with_name("small")}
+    torch.save({"weight": torch.zeros(3)}, files["OTHER"])
+    model = build("ViT-B/32", vocab_size=618, vision_layers=1, text_layers=1)
+    torch.save(model.state_dict(), files["SMALL"])
+    with pytest.raises(UserError, match=sentence) as e:
+        tune(*(files.get(word, word) for word in words.split()))
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "run" / "last.pt").exists()
 
 
 # -------------------------------------------------------------------------- schedule and optimiser
