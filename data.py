@@ -8,16 +8,14 @@ Covers: FILIP 3.1.2 (prompts, eq. 6) and 3.2 (several texts a picture), PyramidC
 (summary, global and local view, object phrases, regions), SPARC 4.1.
 
 Differs from the papers: they train on 15 million pairs (PyramidCLIP's ablations) to 6.1 billion
-(SPARC's three sets). `Scenes` draws its own pictures and knows all about them. Rules stand in for
-FILIP's translator and for PyramidCLIP's T5 and detector, whose features become a random projection;
-your own data may bring its own (see Pairs). FILIP's AutoAugment is left out. Files get a random
-crop by default, SPARC uses none.
+(SPARC's three sets), `Scenes` draws its own. Rules stand in for FILIP's translator, PyramidCLIP's
+T5 and its detector, whose features are a random projection here; files may bring their own (see
+Pairs). FILIP's AutoAugment is left out. Files get a random crop by default, SPARC uses none.
 
 The way of the data: a reader gives the rows of a file, Pairs puts them in order. .pair(i, r) of
 Scenes or Pairs gives (picture, caption), .views and .local_view what PyramidCLIP sees beside it.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import functools
@@ -30,11 +28,12 @@ import math
 import os
 import random
 import tarfile
+from collections import defaultdict, namedtuple
 import numpy as np
 import regex
 import torch
 from PIL import Image, ImageDraw, ImageOps, JpegImagePlugin, UnidentifiedImageError
-from model import Tokenizer, UserError, write  # all but UserError for those who look here
+from model import Tokenizer, UserError, write  # Tokenizer and write: people look for them here
 
 # -------------------------------------------------------------------------------------- the scenes
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
@@ -51,10 +50,10 @@ OPENINGS = ("", "there is", "a picture of")  # of captions in style 0, 1, 2
 POLYGONS = {"triangle": ((.5, .02), (1, .95), (0, .95)), "heart": ((.04, .42), (.96, .42), (.5, 1)),
             "star": ((.5, 0), (.62, .36), (1, .37), (.69, .6), (.8, .97),
                      (.5, .75), (.2, .97), (.31, .6), (0, .37), (.38, .36))}
-Thing = collections.namedtuple("Thing", "size fill colour shape box")  # box: x1, y1, x2, y2
+Thing = namedtuple("Thing", "size fill colour shape box")  # box: x1, y1, x2, y2
 # in place of a detector's weights; RandomState's stream never changes
 ROI_PROJECTION = (np.random.RandomState(0).standard_normal((192, 2048)) / 192 ** 0.5).astype("f4")
-Word = collections.namedtuple("Word", "text thing kind", defaults=(-1, ""))  # thing: index or -1
+Word = namedtuple("Word", "text thing kind", defaults=(-1, ""))  # thing: index or -1
 
 
 def outline(shape, d):
@@ -129,18 +128,15 @@ class Scenes:
     In a scene all colours and all shapes differ, so each word names one object. Outside "train" no
     two scenes hold the same set of objects, unless unique=False.
     n: how many. seed: another seed is another set. size: side in pixels, a multiple of 7.
-    split: "train", "val", "test" never share a scene. Each scene of "composition" has a pair of
-        colour and shape that no other split shows (HELD_OUT).
+    split: "train", "val", "test" never share a scene; each of "composition" shows one of HELD_OUT.
     objects: least and most; few are more frequent.
-    mismatch: probability of each of three mismatches, after PyramidCLIP's section 1: words about
-        nothing in the picture (caption redundancy), an object without words (image redundancy,
-        cast deficiency), and, our own, an object that the detector leaves out.
+    mismatch: how often words are about nothing (PyramidCLIP 1: caption redundancy), an object has
+        no words (image redundancy, cast deficiency), the detector leaves one out (our own).
     paraphrase: share of pair(i, r)'s captions in other words, for FILIP's back-translation.
     family: so many scenes in a row differ in shapes alone, and stay in one batch; 4 in "train".
     scenes[i] is a dict: image (size, size) RGB, background str, things [Thing] that the detector
     found, the largest first, their masks (N, size, size) bool, caption str, its words [Word], and
-    swapped, the caption with two colours exchanged (a hard negative), or None.
-    """
+    swapped, the caption with two colours exchanged (a hard negative), or None."""
     def __init__(self, n, seed=0, size=56, split="train", objects=(1, 4), mismatch=0.0,
                  unique=True, paraphrase=0.0, family=None):
         if size < 14 or size % 7:
@@ -159,11 +155,10 @@ class Scenes:
             for attempt in range(1000):
                 spec = self.draw_lots(i, attempt)
                 content = tuple(sorted(t[:4] for t in spec["things"]))
-                if content not in specs:
+                if specs.setdefault(content, spec) is spec:
                     break
             else:
                 raise UserError(f"only {i} scenes of distinct content: ask for fewer")
-            specs[content] = spec
         return list(specs.values())
 
     def spec(self, i):
@@ -177,7 +172,7 @@ class Scenes:
         colours, shapes = self.draw_names(n, r, own)
         sizes, boxes = self.draw_places(n, r)
         fills = [pick(FILLS, r) for _ in range(n)]
-        spec = {"things": [Thing(*t) for t in zip(sizes, fills, colours, shapes, boxes)],
+        spec = {"things": list(map(Thing, sizes, fills, colours, shapes, boxes)),
                 "order": shuffled(range(n), r),  # of mention
                 "background": pick(list(BACKGROUNDS), r), "tell": r.random() < 0.25,
                 "pixels": r.random(), "extra": None, "found": n}
@@ -206,8 +201,7 @@ class Scenes:
         unit = self.size // 7
         for attempt in itertools.count():
             if attempt % 8 == 0:
-                drawn = [pick(list(SIZES), r) for _ in range(n)]
-                sizes = sorted(drawn, key=SIZES.get, reverse=True)
+                sizes = sorted([pick([*SIZES], r) for _ in range(n)], key=SIZES.get, reverse=True)
             boxes = []
             for side in (SIZES[s] for s in sizes):
                 for _ in range(12):  # on a grid of sevenths, the patches of the default model
@@ -225,10 +219,9 @@ class Scenes:
         x, y = int(r.random() * 2 * size), int(r.random() * 2 * size)
         im = texture(spec["background"], size).crop((x, y, x + size, y + size))
         for t in spec["things"]:
-            jitter = [int(25 * r.random()) - 12 for _ in range(3)]
-            colour = tuple(min(255, max(0, c + j)) for c, j in zip(COLOURS[t.colour], jitter))
+            colour = [min(255, max(0, c + int(25 * r.random()) - 12)) for c in COLOURS[t.colour]]
             mask, pattern = sprite(t.shape, t.fill, t.box[2] - t.box[0], max(4, size // 11))
-            im.paste(colour, t.box, mask)
+            im.paste(tuple(colour), t.box, mask)
             if t.fill:  # stripes and dots are darker, so the outline stays visible
                 im.paste(tuple(c // 2 for c in colour), t.box, pattern)
         return im
@@ -243,10 +236,8 @@ class Scenes:
 
     @staticmethod
     def phrase(t, k):
-        """Words of thing number k, "a small red star", or without a shape "a small red thing"."""
+        """Words of thing number k, such as "a small red star"."""
         words = [Word(text, k, kind) for text, kind in zip(t[:4], Thing._fields) if text]
-        if not t.shape:
-            words.append(Word("thing", k, "shape"))
         return [Word("an" if words[0].text[0] in "aeiou" else "a"), *words]
 
     @staticmethod
@@ -260,16 +251,14 @@ class Scenes:
     def words(self, spec, style=0):
         """The caption as [Word]. Style 0: "a red star left of a small blue ring and ..."; 1: each
         pair told from the other side; 2: a list without relations."""
-        out = [Word(w) for w in OPENINGS[style].split()]
-        for n in range(0, len(spec["order"]), 2):
-            if n:
-                out.append(Word("and"))
-            told = spec["order"][n:n + 2]
-            a, *rest = reversed(told) if style == 1 else told
-            out += self.phrase(spec["things"][a], a)
-            for b in rest:
-                link = "and" if style == 2 else self.relation(spec["things"][a], spec["things"][b])
-                out += [Word(w) for w in link.split()] + self.phrase(spec["things"][b], b)
+        out, things, order = [], spec["things"], spec["order"]
+        if style == 1:  # pairs the other way round
+            order = [k for n in range(0, len(order), 2) for k in reversed(order[n:n + 2])]
+        for n, k in enumerate(order):
+            link = "and" if n else OPENINGS[style]
+            if n % 2 and style != 2:
+                link = self.relation(things[order[n - 1]], things[k])
+            out += [Word(w) for w in link.split()] + self.phrase(things[k], k)
         if spec["extra"]:
             out += [Word("and"), *self.phrase(Thing("", "", *spec["extra"], None), -1)]
         if spec["tell"]:
@@ -290,8 +279,7 @@ class Scenes:
         return [join(self.words(s, style)) for s in specs for style in (0, 1, 2)] + ["a thing"]
 
     def pair(self, i, r=None, size=None):
-        """(picture, caption) of scene i. r, a random.Random, draws a style and omissions. size is
-        for pictures from files."""
+        """(picture, caption) of scene i, with a style and omissions drawn by r (random.Random)."""
         spec = self.spec(i)
         image, style = self.draw(spec), 0
         if r:
@@ -303,7 +291,7 @@ class Scenes:
                 if lot < OMIT:
                     things[k] = t._replace(colour="")
                 elif lot < 2 * OMIT:
-                    things[k] = t._replace(shape="")
+                    things[k] = t._replace(shape="thing")
             spec = spec | {"things": things}
         return image, join(self.words(spec, style))
 
@@ -313,10 +301,12 @@ class Scenes:
         spec = self.spec(i)
         found = spec["things"][:spec["found"]]
         short = [spec["things"][k]._replace(size="", fill="") for k in spec["order"]]
+        crops = [image.resize((8, 8), Image.Resampling.BOX, t.box) for t in found]
+        x = np.stack(crops).reshape(len(found), -1).astype(np.float32) / 127.5 - 1  # (N, 8 * 8 * 3)
         boxes = np.array([t.box for t in found], dtype=np.float32) / self.size  # (N, 4) in 0..1
         return {"summary": " and ".join(join(self.phrase(t, 0)) for t in short),
                 "objects": ", ".join(" ".join(w for w in t[:4] if w) for t in found),
-                "regions": roi_features(image, boxes)}
+                "regions": np.concatenate([x @ ROI_PROJECTION, boxes], axis=1)}
 
     def local_view(self, i, image, caption, r, size, area):
         """PyramidCLIP's local view: a square of at least this area, drawn by r, and the caption of
@@ -328,7 +318,8 @@ class Scenes:
             area = (1 + area) / 2  # nothing is left: draw again, and larger
         said = caption.split()  # no two things of a scene share a colour or a shape
         things = [t._replace(colour=t.colour if t.colour in said else "",
-                             shape=t.shape if t.shape in said else "") for t in spec["things"]]
+                             shape=t.shape if t.shape in said else "thing")
+                  for t in spec["things"]]
         style = max(s for s in (0, 1, 2) if caption.startswith(OPENINGS[s]))
         crop = image.resize((size, size), Image.Resampling.BICUBIC, box=window)
         return crop, join(self.words(spec | {"things": things, "order": left}, style))
@@ -342,13 +333,6 @@ class Scenes:
         return {"image": self.draw(spec), "background": spec["background"],
                 "things": spec["things"][:n], "masks": self.masks(spec)[:n],
                 "caption": join(words), "words": links, "swapped": self.swapped(spec)}
-
-
-def roi_features(image, boxes):
-    """In place of a detector: the crop at 8 x 8, projected, then its box -> (N, 2048 + 4)."""
-    crops = [image.resize((8, 8), Image.Resampling.BOX, tuple(b * image.width)) for b in boxes]
-    x = np.stack([np.asarray(c, dtype=np.float32).reshape(-1) / 127.5 - 1 for c in crops])
-    return np.concatenate([x @ ROI_PROJECTION, boxes], axis=1)
 
 
 def filip_prompts(label, prefixes, descriptions=("",), suffixes=("",)):
@@ -367,8 +351,7 @@ CLAUSE = regex.compile(
     r"(?:\S+\s+){0,2}\S*?(?:(?!\s*[,.;:]|\s+(?:and|with|while|who|which|that|as|near|next)\b).)*",
     regex.IGNORECASE | regex.DOTALL)
 # what a reader gives; place: (path, offset, size) of a picture in a tar file; label: its class
-Row = collections.namedtuple("Row", "where image captions id summary objects place label",
-                             defaults=(None,) * 5)
+Row = namedtuple("Row", "where image captions id summary objects place label", defaults=[None] * 5)
 
 
 def shown(text):
@@ -389,22 +372,11 @@ class BadRow(UserError):
 def as_row(where, cells):
     """The Row of a dict of cells, whichever of COLUMNS' names it uses."""
     image, captions = (next((cells[c] for c in names if c in cells), None) for names in COLUMNS)
-    return Row(where, image, captions, cells.get("image_id"), cells.get("summary"),
-               cells.get("objects"))
+    return Row(where, image, captions, *map(cells.get, ("image_id", "summary", "objects")))
 
 
-def read_cells(lines, n, delimiter):
-    """(cells, number of lines) of the row that begins at lines[n]. Raises csv.Error. A row has 20
-    lines at most, and one picture's name: a quote that is not closed spoils its own line alone."""
-    for end in range(n + 1, n + 21):
-        try:
-            return next(csv.reader(lines[n:end], delimiter=delimiter, strict=True)), end - n
-        except csv.Error as e:
-            if "end of data" not in str(e):
-                raise
-        if end >= len(lines) or any(kind in lines[end].lower() for kind in PICTURES):
-            break
-    raise csv.Error("a quote is opened and not closed")
+def names_no_picture(line):
+    return not any(kind in line.lower() for kind in PICTURES)
 
 
 def read_table(path):
@@ -421,14 +393,18 @@ def read_table(path):
     while n < len(lines):
         where, size = f"{path} line {n + 1}", 1
         try:
-            cells, size = read_cells(lines, n, delimiter)
+            # 20 lines at most, and of one picture: an open quote spoils its own line alone
+            more = itertools.takewhile(names_no_picture, lines[n + 1:n + 20])
+            reader = csv.reader(itertools.chain([lines[n]], more), delimiter=delimiter, strict=True)
+            cells, size = next(reader), reader.line_num
             if any(map(str.strip, cells[len(names):])):
                 raise csv.Error(f"{len(cells)} cells in {len(names)} columns: put quotes around a "
                                 "caption that has commas")
             if cells:
                 yield as_row(where, dict(zip(names, cells)))
         except csv.Error as e:
-            yield BadRow(where, lines[n][:80].strip(), f"a broken row ({e})")
+            why = str(e).replace("unexpected end of data", "a quote is opened and not closed")
+            yield BadRow(where, lines[n][:80].strip(), f"a broken row ({why})")
         n += size
 
 
@@ -464,7 +440,7 @@ def load_json(path, *names):
 
 def read_coco(path):
     """Rows of COCO's captions, such as captions_val2017.json."""
-    captions = collections.defaultdict(list)
+    captions = defaultdict(list)
 
     def note(where, annotation):
         captions[str(annotation["image_id"])].append(annotation["caption"])
@@ -505,34 +481,33 @@ def read_folder(folder):
     """Rows of a folder of tar files, of pictures with a .txt each, or of class folders: FILIP's
     prompts of their names are the captions."""
     files = sorted(glob.glob("**", root_dir=folder, recursive=True))
-    pictures = [f for f in files if f.lower().endswith(PICTURES)]
-    if not pictures:
+    texts = {f: os.path.splitext(f)[0] + ".txt" for f in files if f.lower().endswith(PICTURES)}
+    if not texts:
         yield from read_shards([os.path.join(folder, f) for f in files if f.endswith(".tar")])
-    texts = {p: os.path.splitext(p)[0] + ".txt" for p in pictures}
     beside = not set(files).isdisjoint(texts.values())
-    for p in pictures:
+    for p in texts:
+        captions, text = [], os.path.join(folder, texts[p])
         label = os.path.dirname(p).split(os.sep)[0].replace("_", " ")
-        if beside:
-            text, label = os.path.join(folder, texts[p]), None
-            captions = split_lines(read_bytes(text)) if os.path.isfile(text) else []
-        else:
-            captions = filip_prompts(label, ["a photo of a"]) if label else []
-        yield Row(os.path.join(folder, p), p, captions, label=label or None)
+        if not beside and label:
+            captions = filip_prompts(label, ["a photo of a"])
+        elif os.path.isfile(text):
+            captions = split_lines(read_bytes(text))
+        yield Row(os.path.join(folder, p), p, captions, label=None if beside else label)
 
 
 def expand(pattern):
     """Paths of a pattern with brace ranges ("{000..012}.tar") and globs, in order."""
-    braces = regex.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    before, *braces = regex.split(r"\{(\d+)\.\.(\d+)\}", pattern, maxsplit=1)
     if not braces:
         return sorted(glob.glob(pattern)) or [pattern]
-    before, after, (first, last) = pattern[:braces.start()], pattern[braces.end():], braces.groups()
+    first, last, after = braces
     names = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     return [path for name in names for path in expand(before + name + after)]
 
 
-def index_shard(path):
-    """-> {stem: {extension: (path, offset, size)}} of a tar file, and what is wrong with it."""
-    samples, fault = collections.defaultdict(dict), "its end is missing or damaged"
+def read_shard(path, name):
+    """Rows of the tar file at a path, in which each picture's name begins with this name."""
+    samples = defaultdict(dict)  # stem -> {extension: (path, offset, size)}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -540,30 +515,26 @@ def index_shard(path):
                 if member.isfile() and member.offset_data + member.size <= os.path.getsize(path):
                     samples[stem][extension.lower()] = path, member.offset_data, member.size
                 tar.members = []  # it keeps them all otherwise
-            if read_bytes(path, tar.offset, 512) == bytes(512):
-                fault = ""
+            if read_bytes(path, tar.offset, 512) != bytes(512):
+                raise tarfile.ReadError("its end is missing or damaged")
     except (OSError, tarfile.TarError, ValueError, OverflowError) as e:
-        fault = str(e)
-    return samples, fault
+        yield BadRow(path, name, f"a tar file that is cut off, damaged or packed ({e})")
+    for stem, files in samples.items():
+        extension, captions = next((e for e in PICTURES if e in files), ""), []
+        if ".txt" in files:
+            captions = split_lines(read_bytes(*files[".txt"]))
+        elif ".json" in files:
+            with contextlib.suppress(*DAMAGE):
+                captions = as_row(path, json.loads(read_bytes(*files[".json"]))).captions
+        yield Row(path, f"{name}/{stem}{extension}", captions, place=files.get(extension))
 
 
 def read_shards(paths):
     """Rows of tar files as webdataset and img2dataset write them: .jpg, .png ... with a .txt, or a
-    .json that has a caption. They are indexed here and read at random, in the order of any other
-    data, so they have to be files on a disk, not packed, and no pipes."""
+    .json that has a caption. They are read at random, so they lie on a disk, and are not packed."""
     top = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths] or ["."])
     for path in paths:
-        (samples, fault), shard = index_shard(path), os.path.relpath(path, top)
-        if fault:
-            yield BadRow(path, shard, f"a tar file that is cut off, damaged or packed ({fault})")
-        for stem, files in samples.items():
-            extension, captions = next((e for e in PICTURES if e in files), ""), []
-            if ".txt" in files:
-                captions = split_lines(read_bytes(*files[".txt"]))
-            elif ".json" in files:
-                with contextlib.suppress(*DAMAGE):
-                    captions = as_row(path, json.loads(read_bytes(*files[".json"]))).captions
-            yield Row(path, f"{shard}/{stem}{extension}", captions, place=files.get(extension))
+        yield from read_shard(path, os.path.relpath(path, top))
 
 
 @functools.lru_cache(8)
@@ -576,12 +547,11 @@ class Pairs:
     """Pictures with their captions, from the rows of a reader. Rows of the same picture, or of the
     same image_id, are its several captions. Paths are relative to a folder, that of the file.
     For PyramidCLIP rows may have a summary (of the row's caption) and objects ("brown dog, green
-    grass", of which an image's first row counts), and regions is an .npz file with an array
-    (M, 2052) for each image, by its path in the file: the detector's 2,048 features of a region and
-    its box x1, y1, x2, y2 in 0..1, the surest first.
+    grass"; a picture's first row counts). regions is an .npz file with an array (M, 2052) for each
+    picture, named as in the file: the detector's 2,048 features of a region and its box x1, y1,
+    x2, y2 in 0..1, the surest first.
     rows: the first Row of each picture. captions: its texts, [str] for each picture.
-    bad: [BadRow], what had to be left out. classes: names of class folders, or None.
-    """
+    bad: [BadRow], what had to be left out. classes: names of class folders, or None."""
     def __init__(self, path, rows, folder, regions=None):
         self.folder = os.path.join(os.path.abspath(folder), "")  # with a stroke at its end
         self.rows, self.captions, self.bad, self.regions = [], [], [], regions
@@ -622,21 +592,19 @@ class Pairs:
 
     def good_captions(self, row, name):
         """The captions of a row that can be used; the others go into bad."""
-        good, captions = [], row.captions
-        if not isinstance(captions, list):
-            captions = [captions]
+        good = []
+        captions = row.captions if isinstance(row.captions, list) else [row.captions]
         for caption in captions or [""]:
-            fault = None
             if not isinstance(caption, str) or not caption.strip():
                 fault = "is empty or no text"
             elif len(caption) > 5000:  # a mistake in the file
                 fault = f"is too long ({len(caption):,} characters)"
             elif BROKEN.search(caption):
                 fault = "has bytes that are no UTF-8 text, or NULs (save the file as UTF-8)"
-            if fault:
-                self.bad.append(BadRow(row.where, name, f"the caption of {name} {fault}"))
             else:
                 good.append(caption.strip())
+                continue
+            self.bad.append(BadRow(row.where, name, f"the caption of {name} {fault}"))
         return good
 
     def add_picture(self, row, name):
@@ -685,18 +653,18 @@ class Pairs:
         latter two if the data has them. The summary is the caption's own, or else its first clause:
         all before a comma, full stop, "and", "with" or the like, from the third word on."""
         out = {"summary": self.summaries.get((i, caption)) or CLAUSE.match(caption)[0].strip()}
-        where, name, objects = self.rows[i].where, self.images[i], self.rows[i].objects
-        if objects is not None:
-            out["objects"] = str(objects)
+        row = self.rows[i]
+        if row.objects is not None:
+            out["objects"] = str(row.objects)
         if self.regions:
             try:
-                x = open_regions(self.regions, os.getpid())[self.keys[name]].astype(np.float32)
-                if x.ndim != 2 or x.shape[1] != 2052 or not len(x):
+                x = open_regions(self.regions, os.getpid())[self.keys[row.image]]
+                if x.shape[1:] != (2052,) or not len(x):
                     raise ValueError(f"they are {x.shape}; (M, 2052) is needed")
+                out["regions"] = x.astype(np.float32)
             except Exception as e:  # numpy raises many kinds
-                reason = f"can't read the regions of {name} ({self.regions}: {e})"
-                raise BadRow(where, name, reason) from None
-            out["regions"] = x
+                reason = f"can't read the regions of {row.image} ({self.regions}: {e})"
+                raise BadRow(row.where, row.image, reason) from None
         return out
 
     def local_view(self, i, image, caption, r, size, area):
@@ -727,21 +695,21 @@ class Pairs:
 
 def open_dataset(path, regions=None, images=None):
     """Pairs of what is at a path: a folder (see read_folder), .tar files, COCO's .json, Karpathy's
-    .json:split, .jsonl, or else a table. UserError says what is wrong with the whole; what is wrong
-    with one row is in .bad. images: the folder of the pictures, if it is not that of the file.
-    regions: for PyramidCLIP, see Pairs."""
+    .json:split, .jsonl, or else a table. images: the folder of the pictures, if not the file's.
+    UserError says what is wrong with the whole, .bad what is wrong with rows. regions: see Pairs"""
     path = str(path)
-    file, is_split, split = path.rpartition(".json:")
-    kind, folder = os.path.splitext(path)[1].lower(), os.path.dirname(path)
+    is_split, split = path.rpartition(".json:")[1:]
+    file = path.removesuffix(f":{split}")
+    kind, folder = os.path.splitext(file)[1].lower(), os.path.dirname(file)
     if os.path.isdir(path):
         rows, folder = read_folder(path), path
     elif kind == ".tar":
         rows = read_shards(expand(path))
-    elif is_split:
-        rows, folder = read_karpathy(file + ".json", split), os.path.dirname(file)
-    elif not os.path.isfile(path):
+    elif not os.path.isfile(file):
         raise UserError(f"--data {path}: there is no such file; give a table with a first line "
                         "image,caption, .jsonl, .json, a folder, .tar files, or `scenes`")
+    elif is_split:
+        rows = read_karpathy(file, split)
     else:
         rows = {".json": read_coco, ".jsonl": read_jsonl}.get(kind, read_table)(path)
     try:
@@ -761,9 +729,8 @@ def start_image(content):
 
 
 def open_image(source, size=None, name="the bytes"):
-    """A picture, from a path or bytes, in RGB as a person sees it: turned as its EXIF says, on
-    white where it is transparent, of an animation the first frame. Sides may be scaled down, but no
-    further than to size (512). Whatever is wrong with the file becomes a UserError."""
+    """A picture, from a path or bytes, in RGB: turned as its EXIF says, on white where transparent,
+    of an animation the first frame; JPEGs shrink, not below size (512). UserError if damaged."""
     side, limit = size or 512, Image.MAX_IMAGE_PIXELS
     try:
         if not isinstance(source, bytes):
@@ -786,19 +753,16 @@ def open_image(source, size=None, name="the bytes"):
 
 
 def as_rgb(im):
-    """Any mode of Pillow's -> RGB. Numbers of more than 8 bits become 0..255 by their range: from 0
-    (or the least, if negative) to the first of 1, 255, and for whole numbers 4095, 65535, that none
-    exceeds, or else to the largest."""
+    """Any mode of Pillow's -> RGB. Beyond 8 bits 0..255 stand for 0 (the least, if negative) to the
+    first of 1, 255 (of integers 4095, 65535 too) that none exceeds, or else to the largest."""
     if im.mode == "F" or im.mode.startswith("I"):
-        x = np.asarray(im).astype(np.float64)
-        x = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+        x = np.nan_to_num(np.asarray(im, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
         low, high = min(0.0, x.min()), x.max()
         tops = (1, 255) if im.mode == "F" else (1, 255, 4095, 65535)
         high = next((top for top in tops if high <= top), high)
         return Image.fromarray(((x - low) / (high - low) * 255).astype(np.uint8)).convert("RGB")
     if im.has_transparency_data:
-        im = im.convert("RGBA")
-        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
     return im.convert("RGB")
 
 
@@ -827,9 +791,7 @@ def random_crop(im, size, area, r):
 
 def center_crop(im, size):
     """The largest central square, resized to (size, size): what every evaluation sees."""
-    side = min(im.size)
-    x, y = ((length - side) / 2 for length in im.size)
-    return im.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+    return ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
 
 
 def fit(im, size, way="crop"):
@@ -841,7 +803,7 @@ def fit(im, size, way="crop"):
 
 def to_tensor(images):
     """List of RGB pictures of one size -> (b, 3, H, W) uint8."""
-    pixels = torch.from_numpy(np.stack([np.asarray(im) for im in images]))  # (b, H, W, 3)
+    pixels = torch.from_numpy(np.stack(images))  # (b, H, W, 3)
     return pixels.permute(0, 3, 1, 2).contiguous()
 
 
@@ -852,15 +814,14 @@ def normalize(images):
 
 
 class Batches(torch.utils.data.Dataset):
-    """Item `step` is this rank's share of that step's global batch, as collate makes it.
-    It depends on (seed, step) alone, so a resumed run sees the same, whatever reads it. Each epoch
-    is a random order of all N samples: sample n of the run is number n % N of epoch n // N, so that
-    a batch may go on from one epoch into the next. (Scenes of an unfinished family stay out.)
-    A sample that can't be read is replaced by another one, drawn from (seed, epoch, its number, the
-    try). "bad" then lists it: [(where, what, reason)]. Other errors become {"error": sentence}.
+    """Item `step` is this rank's share of that step's global batch, as collate makes it. It depends
+    on (seed, step) alone, so a resumed run sees the same. An epoch is a random order of all N
+    samples: sample n of the run is number n % N of epoch n // N, so a batch may go on into the next
+    epoch. (Scenes of an unfinished family stay out.) A sample that can't be read is replaced by one
+    drawn from (seed, epoch, its number, the try), and "bad" lists it: [(where, what, reason)].
+    Other errors become {"error": sentence}.
     batch_size is global. min_area: of the random crop; None takes the central square. views: add
-    PyramidCLIP's. local_area: of its local view, whose caption then is the pair's; None for none.
-    """
+    PyramidCLIP's. local_area: of its local view, whose caption is the pair's then, or None."""
     def __init__(self, data, tok, batch_size, size, context_length, seed=0, min_area=None,
                  rank=0, world=1, views=False, local_area=None):
         if batch_size > len(data):
@@ -871,9 +832,10 @@ class Batches(torch.utils.data.Dataset):
                             f"processes: try {max(1, batch_size // world) * world}")
         self.data, self.tok, self.batch_size, self.seed = data, tok, batch_size, seed
         self.size, self.context_length, self.rank, self.world = size, context_length, rank, world
-        self.min_area, self.with_views, self.local_area = min_area, views, local_area
-        areas = [area for area in (min_area, views and local_area) if area]
-        self.side = math.ceil(size / min([1, *areas]) ** 0.5)  # of a picture that crops are cut of
+        self.min_area, self.with_views = min_area, views
+        self.local_area = local_area if views else None
+        least = min(min_area or 1, self.local_area or 1)
+        self.side = math.ceil(size / least ** 0.5)  # of a picture that crops are cut of
         self.epoch, self.order = None, None
 
     def number(self, n):
@@ -908,8 +870,7 @@ class Batches(torch.utils.data.Dataset):
             except BadRow as e:
                 bad.append(e.args)
                 i = int(lots.random() * len(self.data))
-        raise UserError(f"no picture of a hundred can be read, the last one is {bad[-1][1]}; try "
-                        "python data.py check")
+        raise UserError(f"no picture of a hundred can be read ({bad[-1][1]}): try data.py check")
 
     def sample(self, epoch, i):
         """What collate takes of sample i in an epoch."""
@@ -922,7 +883,7 @@ class Batches(torch.utils.data.Dataset):
         out = {"images": image, "caption": caption}
         if self.with_views:
             out |= self.data.views(i, whole, caption)
-        if self.with_views and self.local_area is not None:
+        if self.local_area is not None:
             out["images_l"], out["caption"] = self.data.local_view(
                 i, whole, caption, r, self.size, self.local_area)
         return out
@@ -951,16 +912,6 @@ def collate(samples, tok, context_length):
 
 
 # ------------------------------------------------------------------------------------- the commands
-def draw_samples(data, n, out):
-    sheet = Image.new("RGB", (228 * n, 224), "white")
-    for i in range(n):
-        image, caption = data.pair(i)
-        print(caption)
-        sheet.paste(center_crop(image, 224), (228 * i, 0))
-    sheet.save(out)
-    print(f"drawn into {out}")
-
-
 def main():
     ap = argparse.ArgumentParser(description="Print and draw samples of a dataset.")
     ap.add_argument("command", nargs="*", metavar="check PATH", help="read all of it and count")
@@ -974,10 +925,15 @@ def main():
             ap.error("the command is: check PATH")
         from eval import check  # it reads with this file's functions, so it comes late
         return check(args.command[1], args.images, args.out or "bad_rows.csv")
-    data = Scenes(args.n)
-    if args.data != "scenes":
-        data = open_dataset(args.data, images=args.images)
-    draw_samples(data, min(args.n, len(data)), args.out or "samples.png")
+    data = Scenes(args.n) if args.data == "scenes" else open_dataset(args.data, images=args.images)
+    n, out = min(args.n, len(data)), args.out or "samples.png"
+    sheet = Image.new("RGB", (228 * n, 224), "white")
+    for i in range(n):
+        image, caption = data.pair(i)
+        print(caption)
+        sheet.paste(center_crop(image, 224), (228 * i, 0))
+    sheet.save(out)
+    print(f"drawn into {out}")
 
 
 if __name__ == "__main__":
