@@ -9,26 +9,22 @@ Parameter names are OpenAI CLIP's: load_openai(path) reads its weights, and its 
     encode_image(images (B, 3, H, W))           -> v (B, D) pictures,  V (B, P, D) their patches
     encode_text(ids (C, L), mask (C, L))        -> t (C, D) texts,     T (C, L, D) their tokens
     encode_regions(R (B, N, 2052), mask (B, N)) -> v_r (B, D) pictures as a detector sees them
-Nothing is normalised here: the losses do that, in fp32.
-B images, C texts, P patches, L positions of a text, M the mask of texts, D dimension of the shared
-space, w width of a tower, R regions. In what both towers share: B sequences of N positions.
+The losses normalise them, in fp32. B images, C texts, P patches, L positions of a text, D dimension
+of the shared space, w width of a tower, R regions. Parts of both towers: B sequences of N positions
 
-pool="cls" (CLIP, FILIP, PyramidCLIP): a [CLS] token in front of the patches is the picture, and the
-    feature at EOT is the text. The text tower is causal.
-pool="mean" (SPARC): no [CLS]. v = g_v(h_v(mean of f_v)), t = g_t(mean of f_t over real tokens).
-    Each token of a text sees all others.
+pool="cls" (CLIP, FILIP, PyramidCLIP): the picture is a [CLS] token in front of the patches, the
+    text is the feature at EOT. The text tower is causal.
+pool="mean" (SPARC): v = g_v(h_v(mean of f_v)), t = g_t(mean of f_t over real tokens). Not causal.
 
 What differs from the papers:
 SPARC. h_v is "a single non-linear layer": here linear and GELU. The paper does not say whether its
-    text tower is causal: here it is not (causal=True makes it so). The pseudo-code (Appendix C)
-    averages adapted patches without h_v, and all text positions, padding too. The body text has h_v
-    and averages the real tokens: we follow it. To the "standard" ViT we add two parts of CLIP's:
-    ln_pre, a normalisation before the blocks, and a patch embedding that has no bias.
-PyramidCLIP. Not in the paper but in its released model: LeFF's BatchNorm and activation after each
-    of its three layers, and the norm on regions (ln_pre in a ViT, LayerNorm in a ResNet). The class
-    token before the regions is random in the paper. As in that model, ours is the picture's own
-    (ViT) or the regions' mean (ResNet). We mask padding among the regions, and both crops of a
-    batch go through BatchNorm at once.
+    text tower is causal: here it is not, unless causal=True. The pseudo-code (Appendix C) leaves
+    h_v out and averages padding too: we follow the text, which does neither. The "standard" ViT
+    gets two parts of CLIP's: ln_pre, a norm before the blocks, and patch embedding without bias.
+PyramidCLIP. As its released model, which has more than the paper: BatchNorm and activation after
+    each of LeFF's layers, and a norm on regions (ln_pre in a ViT, LayerNorm in a ResNet). Before
+    the regions stands the picture's class token (ViT) or their mean (ResNet), not a random vector.
+    Our own: padding among the regions is masked, and both crops pass BatchNorm at once.
 FILIP. A.2 fine-tunes with larger images and does not say how positions follow: here bicubic.
 PACL, which SPARC compares with: e_v is written from others' descriptions, not from PACL's paper.
 `tiny` is ours: two layers of SPARC's towers, for CPUs and the built-in scenes.
@@ -69,13 +65,11 @@ def write(path, save):
 
 
 def pick_device(name="auto"):
-    """One of DEVICES -> cpu, cuda or mps (Apple). auto: a GPU that CUDA or ROCm knows, else the
-    CPU. Raises UserError if there is no such device."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available()}
+    """One of DEVICES -> cpu, cuda (ROCm too) or mps (Apple). UserError: no such device is there."""
+    cuda = torch.cuda.is_available()
     if name == "auto":
-        return "cuda" if there["cuda"] else "cpu"
-    if not there[name]:
+        return "cuda" if cuda else "cpu"
+    if not {"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}[name]:
         raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such GPU; "
                         f"use --device cpu, or install a PyTorch built for the GPU")
     return name
@@ -130,7 +124,6 @@ CONFIGS = {
     "PyramidCLIP-ViT-B/32": B32 | TEXT | dict(embed_dim=512, regions=2052, leff=9),
     "PyramidCLIP-ViT-B/16": B16 | TEXT | dict(embed_dim=512, regions=2052, leff=9),
 }
-LOG_SCALE_INIT, LOG_SCALE_MAX = math.log(1 / 0.07), math.log(100)
 
 
 # --------------------------------------------------------------------------- parts of transformers
@@ -146,22 +139,9 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x) / 1.702
 
 
-def key_bias(mask):
-    """mask (B, N) -> (B, 1, 1, N), added to attention scores: no query sees a False position."""
-    return torch.where(mask, 0.0, float("-inf"))[:, None, None]
-
-
 def masked_mean(x, mask):
     """x (B, N, w), mask (B, N) -> (B, w), the mean over the True positions."""
     return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def pack(mask):
-    """mask (C, L) -> rows, positions in mask.flatten(): the True ones, then False ones up to a
-    multiple of 64 (so the sizes are few, and kernels and memory are at hand); n, the True ones."""
-    n = int(mask.sum())
-    order = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)
-    return order[:math.ceil(n / 64) * 64], n
 
 
 def unpack(x, rows, shape):
@@ -169,30 +149,27 @@ def unpack(x, rows, shape):
     return x.new_zeros(shape.numel(), x.shape[-1]).index_copy(0, rows, x).view(*shape, -1)
 
 
-def attend(q, k, v, bias, short=256):
-    """q, k, v (B, heads, N, w / heads), bias None or to be added to the scores -> as q.
+def attend(q, k, v, seen=None, short=256):
+    """q, k, v (B, heads, N, w / heads), seen as in Attention -> as q.
     On CPUs, sequences of up to `short` positions have a faster backward written out."""
-    if bias is not None:
-        bias = bias.to(q.dtype)
     if q.device.type != "cpu" or q.shape[-2] > short:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                      # (B, heads, N, N)
-    if bias is not None:
-        scores = scores + bias
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
     return scores.softmax(-1).to(v.dtype) @ v
 
 
 class Attention(nn.MultiheadAttention):
     """Multi-head self-attention: PyTorch's parameters and initialisation, and a forward of ours."""
-    def forward(self, x, bias=None, packed=None):
-        """x (B, N, w), or packed (n, w) -> the same shape.
-        bias: None, (N, N) or (B, 1, 1, N), added to the scores; -inf bars a position.
-        packed: (rows, (B, N)), the positions of x's rows. The linear layers then skip padding."""
+    def forward(self, x, seen=None, packed=None):
+        """x (B, N, w) -> the same shape. seen: (N, N) or (B, 1, 1, N) bool; None: all see all.
+        packed: (rows, (B, N)). x is then (n, w), those rows alone: linear layers skip padding."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if packed is not None:
             qkv = unpack(qkv, *packed)
         qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
-        y = attend(*qkv, bias).transpose(1, 2).flatten(2)                  # (B, N, w)
+        y = attend(*qkv, seen).transpose(1, 2).flatten(2)                  # (B, N, w)
         if packed is not None:
             y = y.flatten(0, 1).index_select(0, packed[0])
         return self.out_proj(y)
@@ -200,8 +177,7 @@ class Attention(nn.MultiheadAttention):
 
 class LeFF(nn.Module):
     """Locally-enhanced feed-forward, PyramidCLIP 3.3. x (B, P or 1 + P, w) -> the same shape.
-    Between the two linear layers, a 3 x 3 depthwise convolution mixes each patch with its
-    neighbours on the grid x grid of patches. A class token in front passes unchanged."""
+    It mixes each patch with its neighbours on the grid. A class token passes unchanged."""
     def __init__(self, width, grid, act):
         super().__init__()
         self.grid, self.act, wide = grid, act(), 4 * width
@@ -233,15 +209,14 @@ class Block(nn.Module):
                 c_fc=nn.Linear(width, 4 * width), gelu=act(), c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = LayerNorm(width)
 
-    def forward(self, x, bias=None, packed=None):
-        x = x + self.attn(self.ln_1(x), bias, packed)
+    def forward(self, x, seen=None, packed=None):
+        x = x + self.attn(self.ln_1(x), seen, packed)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
     """A stack of blocks, the first `leff` of them with LeFF on a grid x grid of patches.
-    checkpointing: keep only each block's input and compute the rest again in backward. This takes
-    a third more time and far less memory. LeFF's running statistics then move twice a step."""
+    checkpointing saves memory: backward runs each block again (LeFF's statistics move twice)."""
     def __init__(self, width, layers, heads, act, leff=0, grid=None):
         super().__init__()
         self.checkpointing = False
@@ -249,13 +224,13 @@ class Transformer(nn.Module):
         grids = [grid] * leff + [None] * (layers - leff)
         self.resblocks = nn.ModuleList(Block(width, heads, act, g) for g in grids)
 
-    def forward(self, x, bias=None, packed=None, first=0):
+    def forward(self, x, seen=None, packed=None, first=0):
         """x as in Attention -> the same shape, by the blocks from `first` on."""
         for block in self.resblocks[first:]:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, bias, packed, use_reentrant=False)
+                x = checkpoint(block, x, seen, packed, use_reentrant=False)
             else:
-                x = block(x, bias, packed)
+                x = block(x, seen, packed)
         return x
 
 
@@ -307,14 +282,13 @@ class VisionTransformer(nn.Module):
         return v, self.adapter(self.h_v(f) if patches_through_h else f)
 
     def encode_regions(self, R, mask):
-        """R (B, N, regions), mask (B, N) -> v_r (B, D) = f2(phi(R)): f2 is all behind the first
-        `front` blocks. R contains positions, so none are added. With no block left (L_s = 12 in
-        PyramidCLIP's Figure 6) the class token meets no region: v_r is one vector for all."""
+        """R (B, N, regions), mask (B, N) -> v_r (B, D) = f2(phi(R)). R holds positions. f2 is all
+        behind `front` blocks. If none is left (Figure 6, L_s = 12), [CLS] meets no region."""
         x = R @ self.phi                                                   # (B, N, w)
         if self.pool == "cls":
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
             mask = F.pad(mask, (1, 0), value=True)
-        f = self.ln_post(self.transformer(self.ln_pre(x), key_bias(mask), first=self.front))
+        f = self.ln_post(self.transformer(self.ln_pre(x), mask[:, None, None], first=self.front))
         if self.pool == "cls":
             return self.adapter(f[:, 0])
         return self.adapter(self.h_v(masked_mean(f, mask)))
@@ -328,17 +302,15 @@ class Bottleneck(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(w, w, 3, padding=1, bias=False), nn.BatchNorm2d(w)
         self.conv3, self.bn3 = nn.Conv2d(w, 4 * w, 1, bias=False), nn.BatchNorm2d(4 * w)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.downsample = nn.Identity()
+        self.downsample = nn.Sequential()
         if stride > 1 or inside != 4 * w:
-            self.downsample = nn.Sequential(OrderedDict([                  # OpenAI's names
-                ("-1", nn.AvgPool2d(stride)), ("0", nn.Conv2d(inside, 4 * w, 1, bias=False)),
-                ("1", nn.BatchNorm2d(4 * w))]))
+            self.downsample.extend([nn.Conv2d(inside, 4 * w, 1, bias=False), nn.BatchNorm2d(4 * w)])
         nn.init.zeros_(self.bn3.weight)                                    # starts as its shortcut
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.pool(F.relu(self.bn2(self.conv2(y))))
-        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(self.pool(x)))
 
 
 class AttentionPool(nn.Module):
@@ -352,11 +324,11 @@ class AttentionPool(nn.Module):
             nn.init.normal_(layer.weight, std=width ** -0.5)
             self.add_module(name, layer)
 
-    def forward(self, x, bias=None):
-        """x (B, 1 + cells, w), bias None or (B, 1, 1, 1 + cells) -> (B, 1 + cells, D)"""
+    def forward(self, x, seen=None):
+        """x (B, 1 + cells, w), seen as in Attention -> (B, 1 + cells, D)"""
         layers = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = [layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in layers]
-        return self.c_proj(attend(q, k, v, bias, short=0).transpose(1, 2).flatten(2))
+        return self.c_proj(attend(q, k, v, seen, short=0).transpose(1, 2).flatten(2))
 
 
 class ModifiedResNet(nn.Module):
@@ -393,7 +365,7 @@ class ModifiedResNet(nn.Module):
         """R (B, N, regions), mask (B, N) -> v_r (B, D). Here f2 is the attention pooling."""
         x = R @ self.phi                                                   # (B, N, w)
         x = self.roi_norm(torch.cat([masked_mean(x, mask)[:, None], x], 1))
-        return self.attnpool(x, key_bias(F.pad(mask, (1, 0), value=True)))[:, 0]
+        return self.attnpool(x, F.pad(mask, (1, 0), value=True)[:, None, None])[:, 0]
 
 
 # -------------------------------------------------------------------------------------- both towers
@@ -415,7 +387,7 @@ class CLIP(nn.Module):
         self.transformer = Transformer(w, layers, c.text_heads, c.act)
         self.ln_final = LayerNorm(w)
         self.text_projection = nn.Parameter(torch.empty(w, c.embed_dim))   # g_t
-        self.logit_scale = nn.Parameter(torch.tensor(LOG_SCALE_INIT))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.initialize_text(w, layers)
 
     def initialize_text(self, w, layers):
@@ -430,9 +402,8 @@ class CLIP(nn.Module):
         nn.init.normal_(self.text_projection, std=w ** -0.5)
 
     def encode_image(self, images, patches_through_h=None):
-        """images (B, 3, H, W) float, normalised -> v (B, D), V (B, P, D).
-        patches_through_h: True sends the patches through h_v too, as SPARC's segmentation does
-        (D.7); None takes the model's setting. Raises UserError for images of another size."""
+        """images (B, 3, H, W) float, normalised -> v (B, D), V (B, P, D). UserError: another size.
+        patches_through_h: V passes h_v too, as to segment (SPARC D.7); None: the model's own."""
         s = self.config["image_size"]
         if images.shape[1:] != (3, s, s):
             raise UserError(f"this model takes images (B, 3, {s}, {s}), not "
@@ -447,12 +418,14 @@ class CLIP(nn.Module):
         if L > most:
             raise UserError(f"texts of {L} tokens, but this model reads at most {most}: "
                             f"tokenise with context_length={most}")
-        bias = key_bias(mask)
+        seen = mask[:, None, None]
         if self.causal:                         # a real token never sees the padding behind it
-            bias = torch.full((L, L), float("-inf"), device=ids.device).triu(1)
+            seen = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()
         x = self.token_embedding(ids) + self.positional_embedding[:L]      # (C, L, w)
-        rows, n = pack(mask)                                               # n real tokens in all
-        x = self.transformer(x.flatten(0, 1).index_select(0, rows), bias, (rows, mask.shape))
+        n = int(mask.sum())                                                # real tokens in all
+        order = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)
+        rows = order[:math.ceil(n / 64) * 64]   # and some padding: few sizes, so memory is at hand
+        x = self.transformer(x.flatten(0, 1).index_select(0, rows), seen, (rows, mask.shape))
         f = unpack(self.ln_final(x[:n]), rows[:n], mask.shape)             # (C, L, w)
         T = f @ self.text_projection
         if self.pool == "cls":
@@ -468,9 +441,8 @@ class CLIP(nn.Module):
     def forward(self, images, ids, mask, images_l=None, regions=None, regions_mask=None,
                 summary=None, summary_mask=None, objects=None, objects_mask=None):
         """-> features: v (B, D), V (B, P, D), t (C, D), T (C, L, D), M (C, L) the mask, and
-        scale = exp(logit_scale). From further views, if the batch has PyramidCLIP's: v_l of the
-        local crop images_l (v is then of the global crop), v_r of regions (B, N, 2052), l_s of the
-        summary and l_a of the objects' names (both are texts like ids and mask)."""
+        scale = exp(logit_scale). PyramidCLIP's views add v_l of the local crop images_l (v is then
+        of the global crop), v_r of regions, l_s of the summary, l_a of the objects' names."""
         B, (C, L) = len(images), ids.shape
         v, V = self.encode_image(images if images_l is None else torch.cat([images, images_l]))
         f = {"M": mask, "scale": self.logit_scale.exp(), "V": V[:B]}
@@ -492,7 +464,7 @@ def clamp_scales(module):
     inside forward would have gradient 0 at the bound, so the scale could not come back."""
     for name, p in module.named_parameters():
         if "logit_scale" in name or "log_scale" in name:
-            p.clamp_(0, LOG_SCALE_MAX)
+            p.clamp_(0, math.log(100))
 
 
 def count(module):
@@ -564,15 +536,14 @@ def export(run, out):
     open_clip read. Raises UserError for towers that such a file can't describe."""
     from eval import load_run                   # it is built on this file, so it comes late
     model, tok, _ = load_run(run)
-    c, part = model.config, {VisionTransformer: 64, ModifiedResNet: 2}[type(model.visual)]
-    clips = dict(pool="cls", act="quickgelu", causal=True, leff=0, embedder=False,
-                 vision_heads=c["vision_width"] // part, text_heads=c["text_width"] // 64)
-    wrong = [f"{name}={c[name]}" for name in clips if c[name] != clips[name]]
+    state = {name: x for name, x in model.state_dict().items()  # without PyramidCLIP's regions
+             if not name.startswith(("visual.phi", "visual.roi_norm"))}
+    read = openai_config(state) | dict(causal=True, leff=0, embedder=False,
+                                       text_heads=model.config["text_width"] // 64)
+    wrong = [f"{name}={model.config[name]}" for name in read if model.config[name] != read[name]]
     if wrong:
         raise UserError(f"{run} is not of CLIP's architecture ({', '.join(wrong)}), and OpenAI's "
                         f"layout has no place for that: train with --model ViT-B/32 or RN50")
-    state = {k: x for k, x in model.state_dict().items()   # no picture passes PyramidCLIP's phi
-             if not k.startswith(("visual.phi", "visual.roi_norm"))}
     write(out, lambda temporary: torch.save(state, temporary))
     print(f"written: {out}")
     if tok.vocab_size != TEXT["vocab_size"]:
@@ -583,14 +554,13 @@ def export(run, out):
 BOS, EOT = "<|startoftext|>", "<|endoftext|>"
 WORDS = (  # the published pattern, for the package regex
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-# of learned vocabularies: vowel signs and the like belong to a word
-MARKED_WORDS = WORDS.replace(r"\p{L}+", r"\p{L}[\p{L}\p{M}\u200c\u200d]*")
+MARKED_WORDS = WORDS.replace(r"\p{L}+", r"\p{L}[\p{L}\p{M}\u200c\u200d]*")  # and vowel signs
 MERGES = "bpe_simple_vocab_16e6.txt.gz"
 MERGES_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/" + MERGES
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-PRINTABLE = [b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)]
-OTHERS = [b for b in range(256) if b not in PRINTABLE]  # these 68 move to code points from 256 on
-BYTES = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(OTHERS)}
+BYTES = {b: chr(b) for b in range(ord("!"), 256) if chr(b).isprintable()}
+OTHERS = [b for b in range(256) if b not in BYTES]  # these 68 move to code points from 256 on
+BYTES |= {b: chr(256 + n) for n, b in enumerate(OTHERS)}
 
 
 def clean(text):
@@ -642,8 +612,7 @@ class Tokenizer:
 
     @classmethod
     def clip(cls, path=None, weights=None):
-        """The published vocabulary of 49,408 entries, from a file or from where find_merges finds
-        it. UserError if it is not in the file."""
+        """The published vocabulary of 49,408 entries, from a file or find_merges'. UserError."""
         if path in (None, "clip", MERGES):
             path = find_merges(weights)
         opener = gzip.open if str(path).endswith(".gz") else open
@@ -651,9 +620,8 @@ class Tokenizer:
             with opener(path, "rt", encoding="utf-8") as f:
                 merges = f.read().split("\n")[1:1 + 48894]  # after a note; CLIP ignores the rest
         except (OSError, EOFError, UnicodeDecodeError) as e:
-            raise UserError(
-                f"can't read CLIP's merges file {path} ({e}): take bpe_simple_vocab_16e6.txt.gz "
-                "from the repository openai/CLIP, or use --vocab learn:8000") from None
+            raise UserError(f"can't read CLIP's merges file {path} ({e}): take {MERGES} from the "
+                            "repository openai/CLIP, or use --vocab learn:8000") from None
         if len(merges) != 48894 or any(len(m.split()) != 2 for m in merges):
             raise UserError(f"{path} is not CLIP's merges file of 48,894 pairs of symbols")
         return cls(merges)
@@ -667,32 +635,29 @@ class Tokenizer:
         pattern = word_pattern(MARKED_WORDS)
         counts = Counter(word for text in texts for word in pattern.findall(clean(text)))
         words = [(cls.split(w), n) for w, n in sorted(counts.items()) if w not in (BOS, EOT)]
-        frequency = Counter()  # of each pair of symbols
-        where = defaultdict(set)  # pair -> numbers of the words that may have it
+        frequency, where, changed = Counter(), defaultdict(set), set()  # where: numbers of words
 
-        def count(k, symbols, n):
+        def tally(k, symbols, n):
             for pair in zip(symbols, symbols[1:]):
                 frequency[pair] += n
                 where[pair].add(k)
-        for k, (symbols, n) in enumerate(words):
-            count(k, symbols, n)
-        merges, heap = [], [(-n, pair) for pair, n in frequency.items()]
-        heapq.heapify(heap)
-        while len(merges) < vocab_size - 514 and heap:  # no heap: every word is one symbol
+                changed.add(pair)
+        for k, word in enumerate(words):
+            tally(k, *word)
+        merges, heap = [], []  # the heap keeps what is out of date
+        while len(merges) < vocab_size - 514 and (heap or changed):  # else each word is one symbol
+            while changed:
+                pair = changed.pop()
+                heapq.heappush(heap, (-frequency[pair], pair))
             minus_n, best = heapq.heappop(heap)
-            if minus_n == 0 or -minus_n != frequency[best]:  # its count has changed since
+            if minus_n == 0 or -minus_n != frequency[best]:  # out of date
                 continue
             merges.append(" ".join(best))
-            changed = set()
             for k in where.pop(best):
                 symbols, n = words[k]
-                merged = cls.merge(symbols, best)
-                words[k] = merged, n
-                count(k, symbols, -n)
-                count(k, merged, n)
-                changed.update(zip(symbols, symbols[1:]), zip(merged, merged[1:]))
-            for pair in changed:
-                heapq.heappush(heap, (-frequency[pair], pair))
+                words[k] = cls.merge(symbols, best), n
+                tally(k, symbols, -n)
+                tally(k, *words[k])
         return cls(merges)
 
     @staticmethod
@@ -715,11 +680,8 @@ class Tokenizer:
         """Ids of one word (a match of self.words)."""
         if word not in self.cache:
             symbols = self.split(word)
-            while len(symbols) > 1:
-                pair = min(zip(symbols, symbols[1:]), key=lambda p: self.rank.get(p, 1e9))
-                if pair not in self.rank:
-                    break
-                symbols = self.merge(symbols, pair)
+            while known := [p for p in zip(symbols, symbols[1:]) if p in self.rank]:
+                symbols = self.merge(symbols, min(known, key=self.rank.get))
             self.cache[word] = [self.ids[s] for s in symbols]
         return self.cache[word]
 
@@ -760,25 +722,20 @@ class _TensorsOnly(pickle.Unpickler):
                     self.update({f"{name}.{inner}": y for inner, y in x.items()})
 
     def __init__(self, archive):
-        self.archive = archive
-        file = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        self.root = file.removesuffix("data.pkl")
-        super().__init__(archive.open(file))
+        [self.root] = zipfile.Path(archive).iterdir()
+        super().__init__((self.root / "data.pkl").open("rb"))
 
     def find_class(self, module, name):
-        if module == "torch" and name.endswith("Storage"):
-            return name
-        known = {("torch._utils", "_rebuild_tensor_v2"): self.tensor,
-                 ("collections", "OrderedDict"): dict}
-        return known.get((module, name)) or type(name, (self.Bag,), {})
+        known = dict(HalfStorage=torch.half, FloatStorage=torch.float, LongStorage=torch.long,
+                     _rebuild_tensor_v2=self.tensor)
+        return known.get(name) or type(name, (self.Bag,), {})
 
     def tensor(self, flat, offset, size, stride, *_):
         return flat.as_strided(size, stride, offset).clone()
 
     def persistent_load(self, pid):
-        dtypes = dict(HalfStorage=torch.half, FloatStorage=torch.float, LongStorage=torch.long)
-        data = bytearray(self.archive.read(f"{self.root}data/{pid[2]}"))
-        return torch.frombuffer(data, dtype=dtypes[pid[1]])
+        data = bytearray((self.root / "data" / pid[2]).read_bytes())
+        return torch.frombuffer(data, dtype=pid[1])
 
 
 def openai_config(state):
@@ -787,19 +744,18 @@ def openai_config(state):
         return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
     vocab_size, width = state["token_embedding.weight"].shape
     length, D = len(state["positional_embedding"]), state["text_projection"].shape[1]
-    text = dict(embed_dim=D, vocab_size=vocab_size, context_length=length, text_width=width,
-                text_layers=blocks("transformer.resblocks."), text_heads=max(1, width // 64),
-                pool="cls", act="quickgelu")
-    if "visual.proj" in state:
-        width, _, _, patch = state["visual.conv1.weight"].shape
-        layers, heads = blocks("visual.transformer.resblocks."), max(1, width // 64)
-        positions = state["visual.positional_embedding"]
-    else:
+    c = TEXT | dict(embed_dim=D, vocab_size=vocab_size, context_length=length, text_width=width,
+                    text_layers=blocks("transformer.resblocks."), text_heads=max(1, width // 64))
+    if "visual.layer1.0.conv1.weight" in state:
         width, patch = len(state["visual.layer1.0.conv1.weight"]), 32
         layers, heads = tuple(blocks(f"visual.layer{n}.") for n in (1, 2, 3, 4)), width // 2
         positions = state["visual.attnpool.positional_embedding"]
-    return text | dict(image_size=patch * round((len(positions) - 1) ** 0.5), patch_size=patch,
-                       vision_width=width, vision_layers=layers, vision_heads=heads)
+    else:
+        width, _, _, patch = state["visual.conv1.weight"].shape
+        layers, heads = blocks("visual.transformer.resblocks."), max(1, width // 64)
+        positions = state["visual.positional_embedding"]
+    return c | dict(image_size=patch * round((len(positions) - 1) ** 0.5), patch_size=patch,
+                    vision_width=width, vision_layers=layers, vision_heads=heads)
 
 
 def read_weights(path):

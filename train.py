@@ -10,8 +10,7 @@ that are sent), 4.1, A.2 (LAMB, decay, fine-tuning), PyramidCLIP 3.2, A.2, F (cr
 
 A run folder holds last.pt (weights, optimiser, vocabulary, options), log.csv, args.json, of files
 bad_rows.csv (what can't be used) and, at the end, metrics.json and align.png. A batch depends on
-the seed and the step's number alone, so a run that is killed and resumed ends with the numbers of
-one that was not.
+the seed and the step alone: a run that is killed and resumed ends with the same numbers.
 
 Differs from the papers:
 - The defaults suit scenes. SPARC has 16,384 pairs a batch, sigma 1/P, a local weight of 0.5 to 10,
@@ -19,54 +18,38 @@ Differs from the papers:
 - AdamW's beta2 of 0.98 and the clipping of gradients are ours; no paper gives them.
 - Warm-up takes 100 steps (FILIP 3,000, SPARC 2,500, PyramidCLIP a tenth of all). Weight decay is
   0.1 (SPARC 0.1 to 0.3, PyramidCLIP 0.2). It spares FILIP's list for all; SPARC gives no list.
-- Files are cropped at random. SPARC only resizes; FILIP adds AutoAugment, which is missing here.
-  Scenes are not: their captions tell places. PyramidCLIP's local crop has a caption of its own.
+- Files are cropped at random: SPARC only resizes, FILIP adds AutoAugment. Scenes are not: captions
+  tell places. PyramidCLIP's local crop of a scene has its own caption, of what is left.
 - --init takes a thirtieth of the rate, as FILIP: 6e-3 (Table 9), then 2e-4 (Table 10). PyramidCLIP
   gets no LeFF then. What an objective adds (PACL's e_v, phi, MGCA's and GLoRIA's heads) is new.
-- Each learned scale is kept in 1..100 after every step. FILIP is known to be unstable; that, more
-  --weight-decay, --clip-grad and CLIP's loss beside it (clip+filip) steady it.
+- Learned scales stay in 1..100. FILIP is unstable: more --weight-decay or clip+filip steady it.
 - BatchNorm (RN50, LeFF) sees the pictures of one process on CPUs, of all processes on GPUs.
 """
 import argparse, contextlib, copy, ctypes, json, math, os, pathlib, random, shutil, signal
-import sys, tempfile, time
+import sys, tempfile, time, timeit
 from unittest.mock import patch
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
+import torch, torch.distributed as dist, torch.nn as nn
 from tqdm import tqdm
-import eval as evaluation
-import losses as objectives
-import model as models
-import visualize
+import eval as evaluation, losses as objectives, model as models, visualize
 from data import BadRow, Batches, Scenes, Tokenizer, center_crop, collate, normalize, open_dataset
 from losses import DTYPES, OBJECTIVES, SIX
 from model import DEVICES, UserError, pick_device, write
 
 # ----------------------------------------------------------------------------------------- options
-# Defaults that depend on the data, and for --model tiny on the data too.
-BY_DATA = {"scenes": dict(steps=2800, vocab="learn:1000"),
-           "files": dict(steps=3000, vocab="learn:8000", crop=0.5)}
-TINY = {"scenes": dict(image_size=56, patch_size=8, layers=2, width=128, context_length=32,
-                       lr=1.5e-3),
-        "files": dict(image_size=112, patch_size=16, layers=4, width=192, context_length=48,
-                      lr=1e-3)}
-# PyramidCLIP's options that its loss does not see: they shape the targets, the model or the data.
-PYRAMID = ("hard_targets", "leff", "no_leff", "local_crop", "regions")
 # What the weights of --init decide.
 BROUGHT = ("model", "pool", "patch_size", "layers", "width", "context_length", "patches_through_h",
            "vocab", "leff", "no_leff")
 # Options that may change when a run is resumed: they do not change its numbers.
 FREE = ("out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every",
         "amp", "checkpointing", "compile", "val", "images", "max_bad")
-VALIDATE = 250                          # pairs, at most; log.csv's columns about them:
+# Columns of log.csv, empty in rows of steps without validation.
 VALIDATION = ("val_loss", *(f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))
 
 
 def flags():
     """The command line's flags. Parentheses in a help text hold the default."""
     ap = argparse.ArgumentParser(
-        usage="train.py [options]   (--help lists them)", add_help=False,
+        usage="train.py [options]   (--help lists them)",
         description="Train an image-text model. Defaults stand in parentheses.",
         epilog="objectives:\n" + "\n".join(f"  {k:12}{o.about}" for k, o in OBJECTIVES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,11 +61,13 @@ def flags():
             help += f" ({default})"
         group.add_argument(name, help=help, **more)
 
+    def sigma(text):
+        return text if text == "1/P" else float(text)
+
     group = ap.add_argument_group("what people change")
     add("--loss", "choose the objective, listed below", "sparc", choices=list(OBJECTIVES))
     add("--model", f"choose the towers: {', '.join(models.CONFIGS)}", "tiny")
-    add("--data", "train on scenes (built in), or on pictures with captions: a table (CSV, TSV, "
-        "JSONL), COCO's or Karpathy's JSON, a folder, tar shards; see data.py", "scenes")
+    add("--data", "train on scenes, or on files: a table, JSON, a folder, tar shards", "scenes")
     add("--out", "write the run into this folder (runs/LOSS)")
     add("--steps", "take so many optimiser steps (scenes 2800, files 3000)", **whole)
     add("--batch-size", "pairs a step, over all processes; halve it if memory runs out", 128)
@@ -91,8 +76,7 @@ def flags():
     add("--resume", "go on from the folder's last.pt, or start if there is none", **switch)
     add("--init", "fine-tune OpenAI CLIP's weights, a run folder or its last.pt, at lr / 30")
     add("--seed", "change the initial weights, the data and its order", 0)
-    amp = ("auto", "off", "bf16", "fp16")
-    add("--amp", "choose autocast's precision; auto: bf16 where it is faster", "auto", choices=amp)
+    add("--amp", "autocast; auto: bf16 if faster", "auto", choices=("auto", "off", "bf16", "fp16"))
     add("--device", "compute there; mps is Apple's", "auto", choices=DEVICES)
     group = ap.add_argument_group("model (by default the model's own; for tiny as said)")
     add("--pool", "pool by [CLS] and EOT, or by means and h_v (mean)", choices=("cls", "mean"))
@@ -132,8 +116,7 @@ def flags():
     add("--local-crop", "crop the local view to this share or more; 0 for no such view", 0.5)
     add("--regions", "read a detector's regions from this .npz (files: none, nor RS and RT)")
     group = group.add_mutually_exclusive_group()
-    add("--leff", "give the first N blocks LeFF and let regions enter behind them, Figure 6's L_s "
-        "(three quarters of the blocks: 9 of 12)", metavar="N", **whole)
+    add("--leff", "put LeFF in the first L_s blocks, regions behind them: Figure 6 (3/4)", **whole)
     add("--no-leff", "use LeFF in no block; regions enter as before (Tables 5, 13, 14)", **switch)
     group = ap.add_argument_group("optimisation")
     add("--optimizer", "choose lamb for FILIP's", "adamw", choices=("adamw", "lamb"))
@@ -150,22 +133,16 @@ def flags():
     add("--save-every", "save last.pt every so many steps", 200)
     add("--eval-every", "validate every so many steps; 0 for never", 500)
     add("--benchmark", "time 20 steps, part by part, and leave nothing behind", **switch)
-    group.add_argument("-h", "--help", action="help", help="print this")
     return ap
-
-
-def sigma(text):
-    return text if text == "1/P" else float(text)
 
 
 def users(name):
     """Objectives that look at the option of this name."""
-    if name in PYRAMID:
-        return ["pyramid"]
+    if name in ("hard_targets", "leff", "no_leff", "local_crop", "regions"):
+        return ["pyramid"]                                   # its loss sees none of these
     if name == "mask_equal_texts":                           # pyramid's targets are soft already
         return [k for k in OBJECTIVES if k != "pyramid"]
-    readers = [k for k, objective in OBJECTIVES.items() if name in objective.options]
-    return readers or list(OBJECTIVES)
+    return [k for k, o in OBJECTIVES.items() if name in o.options] or list(OBJECTIVES)
 
 
 def flag(name):
@@ -179,7 +156,11 @@ def options():
     if args.init and args.resume:
         raise UserError("--init begins a run and --resume goes on with one: leave one of them out")
     if args.resume:
-        ap.set_defaults(**begun(args))
+        with contextlib.suppress(OSError, ValueError):
+            path = pathlib.Path(args.out or f"runs/{args.loss}", "args.json")
+            saved = json.loads(path.read_text())
+            if saved.get("init"):                            # then no option has to be repeated
+                ap.set_defaults(**{k: x for k, x in saved.items() if k not in FREE})
         args = ap.parse_args()
     elif args.init:
         bring(args, ap)
@@ -190,8 +171,7 @@ def options():
     if args.model not in models.CONFIGS and not args.init:
         models.build(args.model)                             # raises, and says which there are
     if args.benchmark:
-        args.steps, args.eval_every, args.log_every = 25, 0, 1000
-        args.out = tempfile.mkdtemp()
+        args.steps, args.eval_every, args.log_every, args.out = 25, 0, 1000, tempfile.mkdtemp()
     args.device = pick_device(args.device)
     fill_in(args)
     check(args)
@@ -208,39 +188,32 @@ def bring(args, ap):
     args.image_size = args.image_size or ckpt["config"]["image_size"]
 
 
-def begun(args):
-    """Options of a run that --init began, from its args.json, so that none has to be repeated."""
-    path, saved = pathlib.Path(args.out or f"runs/{args.loss}", "args.json"), {}
-    with contextlib.suppress(OSError, ValueError):
-        saved = json.loads(path.read_text())
-    return {k: x for k, x in saved.items() if saved.get("init") and k not in FREE}
-
-
 def fill_in(args):
     """Put the defaults that depend on other options where the command says nothing."""
-    kind, tiny = "scenes" if args.data == "scenes" else "files", args.model == "tiny"
-    defaults = {"out": os.path.join("runs", args.loss), "weight_decay": 0.1,
-                "terms": list(SIX), "lam": 1 / 3, "mu": 1 / 3,
-                "patches_through_h": tiny and args.pool != "cls",
-                "workers": 4 if args.device == "cuda" else 0}    # they would take a CPU's cores
-    defaults |= BY_DATA[kind]
-    if tiny:
-        defaults |= TINY[kind] | {"sigma": 0.5, "local_weight": 0.15}
-    else:
-        defaults |= {"lr": 5e-4, "sigma": "1/P", "local_weight": 1.0}
-    if args.optimizer == "lamb":                             # FILIP A.2 and Table 9
-        defaults |= {"lr": 6e-3 * (args.batch_size / 512) ** 0.5, "weight_decay": 0.03}
-    if args.loss == "pyramid" and kind == "files":
+    scenes, tiny, lamb = args.data == "scenes", args.model == "tiny", args.optimizer == "lamb"
+    defaults = dict(out=os.path.join("runs", args.loss), terms=list(SIX), lam=1 / 3, mu=1 / 3,
+                    steps=3000, vocab="learn:8000", crop=0.5, lr=5e-4, weight_decay=0.1,
+                    sigma="1/P", local_weight=1.0, patches_through_h=tiny and args.pool != "cls",
+                    workers=4 if args.device == "cuda" else 0)   # they would take a CPU's cores
+    if args.loss == "pyramid":
         defaults["crop"] = 0.9                               # PyramidCLIP 3.2: the global view
+    if tiny:
+        defaults |= dict(image_size=112, patch_size=16, layers=4, width=192, context_length=48,
+                         lr=1.5e-3 if scenes else 1e-3, sigma=0.5, local_weight=0.15)
+    if scenes:
+        defaults |= dict(steps=2800, vocab="learn:1000", crop=None)
+    if tiny and scenes:
+        defaults |= dict(image_size=56, patch_size=8, layers=2, width=128, context_length=32)
+    if lamb:                                                 # FILIP A.2 and Table 9
+        defaults |= dict(lr=6e-3 * (args.batch_size / 512) ** 0.5, weight_decay=0.03)
     beside = os.path.join(os.path.dirname(args.data), "val.csv")
     if os.path.isfile(args.data) and os.path.isfile(beside):
         defaults["val"] = beside
     if args.init:                                            # FILIP Tables 9 and 10
         defaults["lr"] /= 30
-        defaults["weight_decay"] /= 100 if args.optimizer == "lamb" else 1
-        defaults = {name: value for name, value in defaults.items() if name not in BROUGHT}
+        defaults["weight_decay"] /= 100 if lamb else 1
     for name, value in defaults.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and not (args.init and name in BROUGHT):
             setattr(args, name, value)
     args.local_crop = args.local_crop or None
 
@@ -249,17 +222,17 @@ def check(args):
     """Refuse numbers that make no sense, each with one sentence."""
     least = dict(warmup=0, leff=0, eval_every=0, workers=0, steps=1, batch_size=1, accum_steps=1,
                  log_every=1, save_every=1)
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise UserError(f"{flag(name)} must be at least {low}, not {value}")
-    for name in ("keep", "crop", "local_crop"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) <= 1:
-            raise UserError(f"{flag(name)} must lie in 0..1, above 0, not {getattr(args, name)}")
+    for name, value in vars(args).items():
+        if name in least and value is not None and value < least[name]:
+            raise UserError(f"{flag(name)} must be at least {least[name]}, not {value}")
+        if name in ("keep", "crop", "local_crop") and value is not None and not 0 < value <= 1:
+            raise UserError(f"{flag(name)} must lie in 0..1, above 0, not {value}")
     if not 0 <= args.max_bad <= 1:
         raise UserError(f"--max-bad is a share of the samples, in 0..1, not {args.max_bad}")
     if args.sigma != "1/P" and not 0 <= args.sigma <= 1:
         raise UserError(f"--sigma is a share of the largest similarity, in 0..1, not {args.sigma}")
+    if args.vocab and args.vocab.startswith("learn:") and not args.vocab[6:].isdigit():
+        raise UserError(f"--vocab {args.vocab}: the number of entries is missing, as in learn:8000")
     frozen = set(args.freeze or ()) - {"none"}
     if len(frozen) > 1 or (frozen and not args.init):
         raise UserError("--freeze keeps a tower that --init brings, and leaves the other to learn: "
@@ -283,10 +256,9 @@ def launcher():
     if all(x.isdigit() for x in (rank, world, local)) and int(rank) < int(world):
         if world == "1" or all(master):
             return int(rank), int(world), int(local)
-    said = [f"{name}={os.environ[name]!r}" for name in says if name in os.environ]
-    lacks = [f"no {name}" for name in says if name not in os.environ]
-    raise BadData(f"the environment has {', '.join(said + lacks)}, which torchrun would not leave "
-                  f"so: start with `torchrun --nproc-per-node 2 train.py ...`, or unset them")
+    said = [f"{name}={os.environ[name]!r}" if name in os.environ else f"no {name}" for name in says]
+    raise BadData(f"the environment has {', '.join(said)}, which torchrun would not leave so: "
+                  f"start with `torchrun --nproc-per-node 2 train.py ...`, or unset them")
 
 
 def start_processes(args):
@@ -316,29 +288,19 @@ def start_processes(args):
 
 
 def leave_processes():
-    """Leave the process group. Gloo's threads may still be releasing the last gather's tensors, for
-    which they need Python's lock: an interpreter that ended meanwhile would abort."""
+    """Leave the process group. Gloo's threads then need Python's lock for a moment, or abort."""
     if dist.is_initialized():
         dist.destroy_process_group()
         time.sleep(0.2)
 
 
-def ignore_ctrl_c(worker):
-    """Ctrl-C reaches the data workers too; the main process decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def keep_memory():
-    """Let Linux's C library keep what a step frees for the next one. Else the system hands it out
-    again page by page, each wiped first: a tenth to a third of a small model's step."""
-    try:
+    """Let Linux's C library keep freed memory: a small model's steps are up to a third faster."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):        # no such library
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    mallopt(M_TRIM_THRESHOLD, 1 << 30)
-    if not mallopt(M_MMAP_THRESHOLD, 1 << 30):               # older versions stop at 32 MB
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(-1, 1 << 30)                                 # M_TRIM_THRESHOLD
+        for size in (1 << 25, 1 << 30):                      # M_MMAP_THRESHOLD; older versions
+            mallopt(-3, size)                                # take the smaller one only
 
 
 def pick_precision(amp, device):
@@ -349,27 +311,19 @@ def pick_precision(amp, device):
         return "off"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(1024, 1024).to(dtype)
-        x @ x
-        start = time.perf_counter()
-        for _ in range(3):
-            x @ x
-        seconds[dtype] = time.perf_counter() - start
-    return "bf16" if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else "off"
+    x = torch.randn(1024, 1024)
+    full, half = (min(timeit.repeat(lambda: y @ y, number=1, repeat=4)) for y in (x, x.bfloat16()))
+    return "bf16" if half < 0.7 * full else "off"
 
 
 def peak_memory():
     """The most memory this process has held, on the GPU if any, in MB, or None if unknown."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2 ** 20
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:
-        return None
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # --------------------------------------------------------------------------------------- one step
@@ -379,11 +333,10 @@ def number_texts(ids):
 
 
 def masked_info_nce(ids, M):
-    """ids, M (b,L) of my texts -> info_nce without the negatives whose text equals one's own. (To
-    share the target among equal texts would change nothing: their logits are equal.)"""
+    """ids, M (b,L) of my texts -> info_nce without the negatives whose text equals one's own."""
     own, plain = objectives.labels(ids), objectives.info_nce
-    everyone = objectives.gather_texts(ids[..., None], M)[0][..., 0]     # (B, L)
-    number = number_texts(everyone)                          # (B,)
+    everyone, _ = objectives.gather_texts(ids[..., None], M)             # (B, L, 1)
+    number = number_texts(everyone[..., 0])                  # (B,)
     twins = number[own][:, None] == number                   # (b, B)
     twins.scatter_(1, own[:, None], False)
 
@@ -402,14 +355,12 @@ class ModelAndLoss(nn.Module):
 
     def features(self, batch):
         pictures = {k: normalize(x) for k, x in batch.items() if k.startswith("images")}
-        f = self.model(**(batch | pictures))                 # {v, V, t, T, M, scale, ...}
-        return f | {"ids": batch["ids"]}
+        return self.model(**(batch | pictures)) | {"ids": batch["ids"]}      # v, V, t, T, M, ...
 
     def loss(self, f):
         """-> {"loss", its parts}, scalars"""
-        if not self.mask:
-            return self.objective.loss(f, self.head, **self.options)
-        with patch.object(objectives, "info_nce", masked_info_nce(f["ids"], f["M"])):
+        info_nce = masked_info_nce(f["ids"], f["M"]) if self.mask else objectives.info_nce
+        with patch.object(objectives, "info_nce", info_nce):
             return self.objective.loss(f, self.head, **self.options)
 
     def forward(self, batch):
@@ -435,45 +386,44 @@ def training_step(run, step):
         scaler.scale(losses["loss"]).backward()
     run.lap("backward")
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(module.parameters(), run.args.clip_grad or math.inf)
+    norm = nn.utils.clip_grad_norm_(module.parameters(), run.args.clip_grad or math.inf).item()
     losses = run.agree(losses)
-    if not math.isfinite(losses["loss"]) or not (scaler.is_enabled() or math.isfinite(norm)):
-        run.bar.close()                                      # fp16's scaler skips such a gradient
-        raise UserError(f"step {step + 1}: the loss is {losses['loss']}, its gradient's norm "
-                        f"{float(norm)}; nothing was updated, and last.pt, if any, is kept as it "
-                        f"was. Lower --lr, raise --warmup, or use --amp off")
+    skips = scaler.is_enabled()                              # fp16's: a gradient that is not finite
+    if not math.isfinite(losses["loss"]) or not (skips or math.isfinite(norm)):
+        raise UserError(f"step {step + 1}: the loss is {losses['loss']}, its gradient's norm {norm}"
+                        f"; nothing was updated, and last.pt, if any, is kept as it was. Lower "
+                        f"--lr, raise --warmup, or use --amp off")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     models.clamp_scales(module)
     run.lap("optimiser")
-    return losses, f, float(norm)
+    return losses, f, norm
 
 
 def in_parts(run, batch):
-    """Losses and gradient of a batch of which only a part fits in memory, exact as in one go.
-    The mean of the parts' losses would be that of a smaller batch. Instead: the features of all
-    parts, without a gradient; the loss of all features, and its gradient with respect to them; each
-    part again, with that gradient. BatchNorm (RN50, LeFF) differs: it sees one part at a time."""
+    """Losses and gradient of a batch of which only a part fits in memory. Exact: the features of
+    all parts, without a gradient; the loss of all features, and its gradient with respect to them;
+    each part again, with that gradient. Only BatchNorm (RN50, LeFF) sees one part at a time."""
     module, parts = run.module, run.args.accum_steps
-    columns = [x.chunk(parts) for x in batch.values()]
-    chunks = [dict(zip(batch, column)) for column in zip(*columns)]
+    chunks = [{name: x.chunk(parts)[i] for name, x in batch.items()} for i in range(parts)]
     with torch.no_grad(), run.autocast():
         features = [module.features(chunk) for chunk in chunks]
-    names = [name for name in features[0] if name not in ("M", "scale", "ids")]
-    f = {name: torch.cat([x[name] for x in features]).requires_grad_() for name in names}
+    f = {name: torch.cat([x[name] for x in features]).requires_grad_()
+         for name in features[0] if name not in ("M", "scale", "ids")}
     f |= {"M": batch["mask"], "scale": run.model.logit_scale.exp(), "ids": batch["ids"]}
     run.lap("forward")
     with run.autocast():
         losses = module.loss(f)
     run.scaler.scale(losses["loss"]).backward()
     run.lap("loss")
-    used = [name for name in names if f[name].grad is not None]
-    for chunk, *grads in zip(chunks, *(f[name].grad.chunk(parts) for name in used)):
+    wanted = {k: x.grad.chunk(parts) for k, x in f.items() if x.is_leaf and x.grad is not None}
+    for i, chunk in enumerate(chunks):
         with run.autocast():
             again = module.features(chunk)
-        learns = [(again[name], g) for name, g in zip(used, grads) if again[name].requires_grad]
-        torch.autograd.backward(*zip(*learns))               # a frozen tower's do not
+        learns = [(again[name], grads[i]) for name, grads in wanted.items()
+                  if again[name].requires_grad]              # not what a frozen tower gives
+        torch.autograd.backward(*zip(*learns))
     for p in module.parameters():                            # what DistributedDataParallel does
         if run.world > 1 and p.grad is not None:
             dist.all_reduce(p.grad)
@@ -497,8 +447,7 @@ class LAMB(torch.optim.Optimizer):
         u = m / (sqrt(v) + eps) + decay w,     w <- w - lr min(|w|, 10) / |u| u
 
     No bias correction, as in the code that FILIP names (A.2): u starts at up to 3.2 an entry, so
-    warm up. A scale moves by lr times its own size, whatever its gradient.
-    """
+    warm up. A scale moves by lr times its own size, whatever its gradient."""
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
@@ -506,9 +455,7 @@ class LAMB(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             b1, b2 = group["betas"]
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
+            for w in (w for w in group["params"] if w.grad is not None):
                 s = self.state[w]
                 if not s:
                     s["m"], s["v"] = torch.zeros_like(w), torch.zeros_like(w)
@@ -523,44 +470,26 @@ class LAMB(torch.optim.Optimizer):
 def make_optimizer(module, args):
     """AdamW or LAMB. No decay on gains, biases, token and position embeddings and the scale
     (FILIP 4.1), nor on MGCA's prototypes, which are unit vectors."""
-    def is_spared(name, p):
-        return p.ndim < 2 or "embedding" in name or "prototypes" in name
-    named = list(module.named_parameters())
-    groups = [{"params": [p for name, p in named if not is_spared(name, p)],
-               "weight_decay": args.weight_decay},
-              {"params": [p for name, p in named if is_spared(name, p)], "weight_decay": 0.0}]
+    decayed, spared = [], []
+    for name, p in module.named_parameters():
+        is_spared = p.ndim < 2 or "embedding" in name or "prototypes" in name
+        (spared if is_spared else decayed).append(p)
+    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    own = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.optimizer == "lamb":
-        return LAMB(groups, lr=args.lr)
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
+        return LAMB(groups, **own)
+    return torch.optim.AdamW(groups, betas=(0.9, args.beta2), fused=True, **own)
 
 
 # --------------------------------------------------------------------------------- data and model
-def make_data(args, tok=None):
-    """-> training data, tokeniser (the one that there is, else what --vocab says)."""
+def make_validation(args, tok, size, length, n=250):
+    """The first n pairs to validate on, as a batch on the CPU; nothing if none can be read."""
     if args.data == "scenes":
-        size = args.image_size or models.CONFIGS[args.model]["image_size"]
-        data = Scenes(1_000_000, args.seed, size, mismatch=args.mismatch,
-                      paraphrase=args.paraphrase)
-    else:
-        data = open_dataset(args.data, args.regions, args.images)
-    if tok:
-        return data, tok
-    entries = args.vocab.removeprefix("learn:")
-    if entries == args.vocab:
-        return data, Tokenizer.clip(args.vocab)
-    if entries.isdigit():
-        return data, Tokenizer.train(data.texts(), int(entries))
-    raise UserError(f"--vocab {args.vocab}: the number of entries is missing, as in learn:8000")
-
-
-def make_validation(args, tok, size, length):
-    """The first pairs to validate on, as a batch on the CPU; nothing if there are none to read."""
-    if args.data == "scenes":
-        data = Scenes(VALIDATE, args.seed, size, "val")
+        data = Scenes(n, args.seed, size, "val")
     else:
         data = open_dataset(args.val, images=args.images) if args.val else []
     samples, bad = [], list(getattr(data, "bad", []))
-    for i in range(min(VALIDATE, len(data))):
+    for i in range(min(n, len(data))):
         try:
             image, caption = data.pair(i, size=size)
             views = data.views(i, image, caption) if args.loss == "pyramid" else {}
@@ -574,14 +503,10 @@ def make_validation(args, tok, size, length):
 
 def make_model(args, tok, start=None):
     """The model, with what an objective wants of its towers. start: the trained one of --init."""
-    special = {}
-    if args.loss == "pacl":
-        special = {"embedder": True}                         # a patch embedder of its own
+    special = {"embedder": True} if args.loss == "pacl" else {}
     if args.loss == "pyramid":
-        own, front = models.CONFIGS.get(args.model), args.leff
-        if start:
-            own, front = start.config, start.config["front"]
-        layers = args.layers or own["vision_layers"]
+        own = start.config if start else models.CONFIGS[args.model] | {"front": args.leff}
+        layers, front = args.layers or own["vision_layers"], own["front"]
         if front is None and isinstance(layers, int):        # not a ResNet
             front = layers - max(1, layers // 4)             # regions enter behind 9 of 12 blocks
         if isinstance(layers, int) and front > layers:
@@ -589,13 +514,12 @@ def make_model(args, tok, start=None):
         special = {"regions": 2052, "front": front, "leff": 0 if args.no_leff else front}
     if start:                                                # LeFF would need other weights
         return models.adapt(start, image_size=args.image_size, **special | {"leff": None})
-    if args.width:
-        special["vision_heads"] = special["text_heads"] = max(1, args.width // 64)
+    heads = args.width and max(1, args.width // 64)
     return models.build(
         args.model, vocab_size=tok.vocab_size, context_length=args.context_length, pool=args.pool,
         image_size=args.image_size, patch_size=args.patch_size, vision_layers=args.layers,
-        text_layers=args.layers, vision_width=args.width, text_width=args.width,
-        patches_through_h=args.patches_through_h, **special)
+        text_layers=args.layers, vision_width=args.width, text_width=args.width, vision_heads=heads,
+        text_heads=heads, patches_through_h=args.patches_through_h, **special)
 
 
 def prepare(model, args):
@@ -615,17 +539,14 @@ def prepare(model, args):
 
 def report_terms(data, args):
     """Say which of PyramidCLIP's terms the data can't feed. Raises UserError if none is left."""
-    views, missing = {"regions", "objects"}, {}              # what scenes have
-    if args.data != "scenes":
-        views = data.views(0, None, data.captions[0][0])
-    if "regions" not in views:
+    missing, files = {}, args.data != "scenes"               # scenes have everything
+    if files and not args.regions:
         missing["R"] = "regions (--regions FILE.npz)"
-    if "objects" not in views:
+    if files and data.rows[0].objects is None:
         missing["A"] = "the column objects"
     lost = [term for term in args.terms if set(term) & set(missing)]
     weight = {"GA": args.lam, "RS": args.lam, "LA": args.mu, "RT": args.mu, "GT": 1, "LS": 1}
-    peers = 1 - args.lam - args.mu
-    if all(term in lost or weight.get(term, peers) <= 0 for term in args.terms):
+    if all(term in lost or weight.get(term, 1 - args.lam - args.mu) <= 0 for term in args.terms):
         raise UserError(f"--terms {' '.join(args.terms)}: {args.data} has nothing to feed them, or "
                         f"their weight is 0; add the column objects, --regions FILE.npz, or LT")
     if lost:
@@ -635,7 +556,6 @@ def report_terms(data, args):
         print("note: without the column summary, a caption's first clause is its summary")
 
 
-# ---------------------------------------------------------------------------------------- the run
 def report_texts(data, tok, length):
     """Say how many captions are cut, and how many are those of other pictures too."""
     texts = data.texts()
@@ -650,67 +570,81 @@ def report_texts(data, tok, length):
               f"negatives of each other (--mask-equal-texts)")
 
 
+# ---------------------------------------------------------------------------------------- the run
 class Run:
     """Data, model and optimiser of a run, and what its steps share. start: the step it begins with.
     first: this process writes files and talks. asked: a signal to stop came, and all know it."""
     def __init__(self, args):
-        self.args, self.stop, self.asked, self.spent, self.lapped = args, False, False, {}, 0.0
+        self.args, self.signals, self.asked, self.spent, self.lapped = args, [], False, {}, 0.0
         self.bad, self.known, self.found = {}, 0, []  # bad rows: all, before step 1, in this step
         self.rank, self.world, self.device = start_processes(args)
         self.first, self.gpu = self.rank == 0, self.device.type == "cuda"
-        ckpt = open_run(args) if self.first or args.resume else None
+        ckpt = open_run(args) if self.first or args.resume else {}
+        self.start = ckpt.get("step", 0)
         amp = [pick_precision(args.amp, self.device)]
         if self.world > 1:
             dist.broadcast_object_list(amp, 0)               # one answer for all
         args.amp = amp[0]
-        start, tok = None, ckpt and Tokenizer(ckpt["merges"])
-        if args.init and not ckpt:
-            start, tok, _ = evaluation.load_run(args.init)
-        self.data, self.tok = make_data(args, tok)
-        self.content = "scenes"
-        if args.data != "scenes":
-            self.content = self.data.fingerprint()
-        if ckpt and ckpt.get("content", self.content) != self.content:
+        self.open_data(ckpt)
+        self.build(ckpt)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)         # data workers inherit that; I end them
+        self.loader = self.load()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *sent: self.signals.append(sent))
+        self.parallel = self.module
+        if self.world > 1 and self.gpu:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
+        if self.world > 1 and args.accum_steps == 1:         # an objective may leave weights unused
+            self.parallel = nn.parallel.DistributedDataParallel(self.module, static_graph=True)
+        if self.first:
+            self.announce()
+        self.since, self.logged = time.perf_counter(), self.start        # of the last row
+        self.began = self.since - ckpt.get("seconds", 0.0)
+        self.bar = tqdm(total=args.steps, initial=self.start, unit="step", disable=not self.first,
+                        dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    def open_data(self, ckpt):
+        """The data, and which of its rows can't be used. UserError: not the checkpoint's data."""
+        args, self.content = self.args, "scenes"
+        if args.data == "scenes":
+            size = args.image_size or models.CONFIGS[args.model]["image_size"]
+            self.data = Scenes(1_000_000, args.seed, size, mismatch=args.mismatch,
+                               paraphrase=args.paraphrase)
+            return
+        self.data = open_dataset(args.data, args.regions, args.images)
+        self.content = self.data.fingerprint()
+        if ckpt.get("content", self.content) != self.content:
             raise UserError(f"{args.data} has other pictures or captions than the data that "
                             f"{args.out} was trained on: give the same data, or another --out")
+        self.add_bad([e.args for e in self.data.bad], len(self.data.texts()))
+        self.known = len(self.bad)
+        self.add_bad(ckpt.get("bad", []), self.start * args.batch_size)
+
+    def build(self, ckpt):
+        """Tokeniser, model, loss and optimiser: new ones, of --init, or as the checkpoint says."""
+        args, start = self.args, None
+        if ckpt:
+            self.tok = Tokenizer(ckpt["merges"])
+        elif args.init:
+            start, self.tok, _ = evaluation.load_run(args.init)
+        elif args.vocab.startswith("learn:"):
+            self.tok = Tokenizer.train(self.data.texts(), int(args.vocab.removeprefix("learn:")))
+        else:
+            self.tok = Tokenizer.clip(args.vocab)
         torch.manual_seed(args.seed)
         model = models.CLIP(**ckpt["config"]) if ckpt else make_model(args, self.tok, start)
         self.model = prepare(model.to(self.device), args)
         self.module = ModelAndLoss(self.model, args, self.lap).to(self.device)
         self.optimizer = make_optimizer(self.module, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
-        self.start, self.seconds = 0, 0.0
-        if ckpt:
-            self.start, self.seconds = ckpt["step"], ckpt["seconds"]
-            for name, part in self.state().items():
+        self.state = {"model": self.model, "head": self.module.head, "optimizer": self.optimizer,
+                      "scaler": self.scaler}                 # what a checkpoint restores
+        for name, part in self.state.items():
+            if ckpt:
                 part.load_state_dict(ckpt[name])
-        if args.data != "scenes":
-            self.add_bad([e.args for e in self.data.bad], len(self.data.texts()))
-            self.known = len(self.bad)
-            self.add_bad(ckpt.get("bad", []) if ckpt else [], self.start * args.batch_size)
         if self.first:
             self.val = make_validation(args, self.tok, self.model.config["image_size"],
                                        self.model.context_length)
-        self.loader = self.load()
-        self.parallel = self.module
-        if self.world > 1 and self.gpu:
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
-        if self.world > 1 and args.accum_steps == 1:         # an objective may leave weights unused
-            self.parallel = DistributedDataParallel(
-                self.module, [self.device.index] if self.gpu else None, static_graph=True)
-        for number in (signal.SIGTERM, signal.SIGINT):       # once the data workers have started
-            signal.signal(number, self.ask_to_stop)
-        if self.first:
-            self.announce()
-        self.began = self.since = time.perf_counter()
-        self.logged = self.start
-        self.bar = tqdm(total=args.steps, initial=self.start, unit="step", disable=not self.first,
-                        dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
-
-    def state(self):
-        """What a checkpoint restores."""
-        return {"model": self.model, "head": self.module.head, "optimizer": self.optimizer,
-                "scaler": self.scaler}
 
     def load(self):
         """Iterator over this process's share of every batch that is to come."""
@@ -722,19 +656,17 @@ class Run:
             raise UserError(f"--accum-steps {args.accum_steps} does not divide the {share} pairs "
                             f"of each process: choose a divisor")
         return iter(torch.utils.data.DataLoader(
-            batches, sampler=range(self.start, args.steps), batch_size=None,
-            num_workers=args.workers, worker_init_fn=ignore_ctrl_c, pin_memory=self.gpu,
-            prefetch_factor=8 if args.workers else None))
+            batches, sampler=range(self.start, args.steps), batch_size=None, pin_memory=self.gpu,
+            num_workers=args.workers, prefetch_factor=8 if args.workers else None))
 
     def announce(self):
         """Write args.json, make log.csv ready, and say what is trained."""
         args, text = self.args, json.dumps(vars(self.args), indent=1)
         write(os.path.join(args.out, "args.json"), lambda tmp: pathlib.Path(tmp).write_text(text))
         cut_log(os.path.join(args.out, "log.csv"), self.start)
-        origin = args.init or "scratch"
-        print(f"{args.loss} on {args.data} from {origin}: {models.count(self.model):,} parameters, "
-              f"{len(self.data):,} pictures, vocabulary {self.tok.vocab_size:,}, "
-              f"{args.steps - self.start} steps of {args.batch_size}, "
+        print(f"{args.loss} on {args.data} from {args.init or 'scratch'}: "
+              f"{models.count(self.model):,} parameters, {len(self.data):,} pictures, vocabulary "
+              f"{self.tok.vocab_size:,}, {args.steps - self.start} steps of {args.batch_size}, "
               f"{self.world} x {self.device.type}, {args.amp}; results go to {args.out}")
         if self.bad:
             where, _, reason = next(iter(self.bad))
@@ -754,11 +686,7 @@ class Run:
         return batch
 
     def autocast(self):
-        dtype = DTYPES.get(self.args.amp, torch.bfloat16)
-        return torch.autocast(self.device.type, dtype, enabled=self.args.amp != "off")
-
-    def ask_to_stop(self, number, frame):
-        self.stop = True
+        return torch.autocast(self.device.type, DTYPES.get(self.args.amp), self.args.amp != "off")
 
     def lap(self, name):
         """For --benchmark: add the time since the lap before to that of name."""
@@ -769,10 +697,18 @@ class Run:
             self.spent[name] = self.spent.get(name, 0.0) + now - self.lapped
             self.lapped = now
 
+    def report_times(self, steps=20):
+        """Print --benchmark's table: means over so many steps."""
+        total, peak = sum(self.spent.values()), peak_memory() or 0
+        for name, s in self.spent.items():
+            print(f"{name:10} {1000 * s / steps:8.1f} ms {100 * s / total:4.0f}%")
+        rate = f"{steps * self.args.batch_size / total:,.0f} images/s"
+        print(f"{'step':10} {1000 * total / steps:8.1f} ms      {rate}, at most {peak:,.0f} MB")
+
     def agree(self, losses):
         """One small message a step -> {name: mean over all processes}. Was any asked to stop? Then
         the bad rows that this step's batch met anywhere, if any."""
-        flags = torch.tensor([self.stop, self.found != []]).float().to(self.device)
+        flags = torch.tensor([self.signals != [], self.found != []]).float().to(self.device)
         numbers = torch.cat([torch.stack([x.detach().float() for x in losses.values()]), flags])
         if self.world > 1:
             dist.all_reduce(numbers)
@@ -795,9 +731,8 @@ class Run:
         share, new = self.args.max_bad, list(self.bad)[self.known:]
         seen = good + len(new)
         if len(new) > (max(10, share * seen) if share else 0):
-            if done:
+            if done and self.first:
                 self.save(done)
-                self.bar.close()
             kinds = "; ".join(f"{n:,} x {kind}" for kind, n in evaluation.count_faults(new)[:3])
             raise UserError(f"{len(new):,} of {seen:,} samples can't be used ({kinds}), more than "
                             f"--max-bad {share} allows: mend them or raise it; {path} lists them, "
@@ -805,10 +740,8 @@ class Run:
 
     def save(self, done):
         """Replace last.pt by the state after so many steps."""
-        if not self.first:
-            return
-        ckpt = {name: part.state_dict() for name, part in self.state().items()}
-        ckpt |= {"step": done, "seconds": self.seconds + time.perf_counter() - self.began,
+        ckpt = {name: part.state_dict() for name, part in self.state.items()}
+        ckpt |= {"step": done, "seconds": time.perf_counter() - self.began,
                  "peak_mb": peak_memory(), "config": self.model.config, "args": vars(self.args),
                  "merges": self.tok.merges, "content": self.content, "bad": list(self.bad)}
 
@@ -828,27 +761,27 @@ def train(args):
         with contextlib.suppress(OSError):
             os.rmdir(args.out)                               # a folder that was made for nothing
         raise
-    for step in range(run.start, args.steps):
-        if step == 5:
-            run.spent.clear()                          # the first steps are slower
-        losses, f, norm = training_step(run, step)
-        run.bar.update()
-        done = step + 1
-        if run.found:
-            run.add_bad(run.found, done * args.batch_size, done)
-        due = args.eval_every and (done % args.eval_every == 0 or done == args.steps)
-        if due or done % args.log_every == 0 or done == args.steps:
-            log_step(run, done, losses, f, norm, validate(run, done) if due else {})
-        if done % args.save_every == 0 or done == args.steps or run.asked:
-            run.save(done)
-        if run.asked:
-            break
-    run.bar.close()
+    with run.bar:
+        for step in range(run.start, args.steps):
+            if step == 5:
+                run.spent.clear()                            # the first steps are slower
+            losses, f, norm = training_step(run, step)
+            run.bar.update()
+            done, last = step + 1, step + 1 == args.steps
+            if run.found:
+                run.add_bad(run.found, done * args.batch_size, done)
+            due = args.eval_every and (done % args.eval_every == 0 or last)
+            if due or done % args.log_every == 0 or last:
+                log_step(run, done, losses, f, norm, validate(run, done) if due else {})
+            if run.first and (done % args.save_every == 0 or last or run.asked):
+                run.save(done)
+            if run.asked:
+                break
     if run.asked and run.first:
         print(f"stopped after step {done}; --resume goes on from there")
     if args.benchmark:
         if run.first:
-            report_times(run.spent, 20, args.batch_size)
+            run.report_times()
         shutil.rmtree(args.out, ignore_errors=True)
     return run.first and not run.asked and not args.benchmark
 
@@ -870,11 +803,10 @@ def log_step(run, done, losses, f, norm, validation):
     row.setdefault("scale", f["scale"].item())
     row |= {"accuracy": accuracy, "grad_norm": norm, "lr": learning_rate(done - 1, run.args)}
     if run.first:
-        run.bar.set_postfix({"loss": f"{row['loss']:.3f}", "scale": f"{row['scale']:.1f}",
-                             "acc": f"{accuracy:.0f}%", "img/s": f"{rate:.0f}"}
-                            | ({"bad": len(run.bad)} if run.bad else {}))
-        seconds = run.seconds + now - run.began
-        row |= {"images_per_s": f"{rate:.0f}", "seconds": f"{seconds:.1f}"}
+        bad = f", bad={len(run.bad)}" if run.bad else ""
+        run.bar.set_postfix_str(f"loss={row['loss']:.3f}, scale={row['scale']:.1f}, "
+                                f"acc={accuracy:.0f}%, img/s={rate:.0f}{bad}")
+        row |= {"images_per_s": f"{rate:.0f}", "seconds": f"{now - run.began:.1f}"}
         row |= dict.fromkeys(VALIDATION, "") | validation
         row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
         add_row(os.path.join(run.args.out, "log.csv"), row)
@@ -891,50 +823,38 @@ def validate(run, done):
     run.model.eval()
     with run.autocast(), patch.object(objectives, "world", return_value=1):      # the others wait
         f = module.features({name: x.to(run.device) for name, x in run.val.items()})
-        b = min(len(f["v"]), run.args.batch_size)
-        for i in range(0, len(f["v"]) - b + 1, b):
+        n, b = len(f["v"]), min(len(f["v"]), run.args.batch_size)
+        for i in range(0, n - b + 1, b):
             some = {name: x[i:i + b] if x.ndim else x for name, x in f.items()}
             losses.append(module.objective.loss(some, head, **module.options)["loss"].item())
     prepare(run.model, run.args)
     scores = evaluation.similarities(module.objective, *(f[name] for name in "vVtTM"))
-    own = torch.arange(len(f["v"]), device=run.device)
-    r = evaluation.retrieval(*scores, own, number_texts(f["ids"]))
-    n, i2t, t2i = len(own), r["i2t_r1"], r["t2i_r1"]
-    run.bar.write(f"step {done}: validation R@1 {i2t:.1f} / {t2i:.1f} of {n}")
+    r = evaluation.retrieval(*scores, torch.arange(n, device=run.device), number_texts(f["ids"]))
+    run.bar.write(f"step {done}: validation R@1 {r['i2t_r1']:.1f} / {r['t2i_r1']:.1f} of {n}")
     run.since += time.perf_counter() - start
     return dict(zip(VALIDATION, (sum(losses) / len(losses), *r.values())))
 
 
-def report_times(spent, steps, batch_size):
-    total = sum(spent.values())
-    for name, s in spent.items():
-        print(f"{name:10} {1000 * s / steps:8.1f} ms {100 * s / total:4.0f}%")
-    print(f"{'step':10} {1000 * total / steps:8.1f} ms      "
-          f"{steps * batch_size / total:,.0f} images/s, at most {peak_memory() or 0:,.0f} MB")
-
-
 # ----------------------------------------------------------------------------------- a run's files
 def open_run(args):
-    """Make or check the run folder -> the checkpoint to go on from, or None."""
+    """Make or check the run folder -> the checkpoint to go on from, or {}."""
     last = os.path.join(args.out, "last.pt")
     try:
         os.makedirs(args.out, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.out):
-            pass
+        tempfile.TemporaryFile(dir=args.out).close()
         if args.overwrite and not args.resume and os.path.exists(last):
             os.remove(last)                                  # or a later --resume would take it
     except OSError as e:
         raise UserError(f"can't write in --out {args.out} ({e.strerror}): choose another") from None
     if not os.path.exists(last):
-        return None
+        return {}
     if not args.resume:
         raise UserError(f"{args.out} already holds a run: add --resume to go on with it, "
                         f"--overwrite to start afresh, or another --out")
     ckpt = evaluation.read_checkpoint(last)
-    saved = ckpt["args"]
-    if "content" in ckpt and "scenes" not in (args.data, saved["data"]):
-        saved = saved | {"data": args.data}                  # Run compares what is in it
-    wrong = differences(args, saved)
+    if "content" in ckpt and "scenes" not in (args.data, ckpt["args"]["data"]):
+        ckpt["args"]["data"] = args.data                     # Run compares what is in it
+    wrong = differences(args, ckpt["args"])
     if wrong:
         raise UserError(f"{last} is a checkpoint of another run, with {', '.join(wrong)}: give the "
                         f"same options, or another --out")
@@ -943,9 +863,8 @@ def open_run(args):
 
 
 def differences(args, saved):
-    """Where the options differ from a checkpoint's, in words: those that the objective looks at.
-    An option that an older checkpoint lacks counts as its default."""
-    saved = vars(flags().parse_args([])) | saved
+    """What options differ from a checkpoint's, in words, of those that the objective looks at."""
+    saved = vars(flags().parse_args([])) | saved             # an older one lacks some
     if isinstance(saved["leff"], bool):                      # it was a switch
         saved |= {"leff": None, "no_leff": not saved["leff"] and "RN50" not in args.model}
     if saved["gather_dtype"] == "fp32" and args.gather_dtype is None:
@@ -957,14 +876,12 @@ def differences(args, saved):
 
 def cut_log(path, step):
     """Drop the rows behind step from log.csv, so that the file is that of an unbroken run."""
-    kept = []
+    rows = []
     if step and os.path.exists(path):
-        rows = pathlib.Path(path).read_text().splitlines()
-        kept = [row for row in rows if row[:4] == "step" or int(row.split(",")[0]) <= step]
-    if kept and VALIDATION[0] not in kept[0]:                # an older run's
-        names, *rows = kept
-        kept = [",".join([names, *VALIDATION]), *(row + "," * len(VALIDATION) for row in rows)]
-    text = "".join(row + "\n" for row in kept)
+        rows = [row.split(",") for row in pathlib.Path(path).read_text().splitlines()]
+    if rows and VALIDATION[0] not in rows[0]:                # an older run's
+        rows = [rows[0] + [*VALIDATION], *(row + [""] * len(VALIDATION) for row in rows[1:])]
+    text = "".join(",".join(row) + "\n" for row in rows if row[0] == "step" or int(row[0]) <= step)
     write(path, lambda tmp: pathlib.Path(tmp).write_text(text))
 
 
@@ -980,7 +897,8 @@ def add_row(path, row):
 
 # ------------------------------------------------------------------------------------ the command
 def finish(args):
-    """Evaluate and draw: what a run leaves behind."""
+    """Evaluate and draw, in the first process alone: what a run leaves behind."""
+    leave_processes()
     print(f"trained; evaluating {args.out}")
     if args.data != "scenes" and not args.val:
         print(f"no --val: evaluate with `python eval.py {args.out} --data PATH`")
@@ -993,9 +911,7 @@ def finish(args):
 if __name__ == "__main__":
     try:
         args = options()
-        complete = train(args)
-        leave_processes()                                    # the first one evaluates alone
-        if complete:
+        if train(args):
             finish(args)
     except UserError as e:
         if isinstance(e, BadData) or os.environ.get("RANK", "0") == "0":

@@ -5,19 +5,15 @@
     python visualize.py runs/sparc --image dog.jpg --text "a dog eats ice cream" --words "ice cream"
     python visualize.py curves runs/sparc runs/clip         # log.csv -> runs/sparc/curves.png
 
-Covers: FILIP 4.5 (each patch carries the index of its best token, m_k of its eq. 4); for runs with
-SPARC's loss, the weights of its eqs. 2 to 4.
+Covers: FILIP 4.5 (each patch carries the index of its best token, m_k of its eq. 4; its figure
+shows patches only); for runs with SPARC's loss, the weights of its eqs. 2 to 4.
 
-align.png shows three pictures: of scenes, the first three test scenes of two objects. A word's
-panel is bright where the word looks, on one scale for all words, so one without an opinion stays
-dark. SPARC: from an equal share of the word's weight (with the run's own sigma) to FULL times that,
-by the logarithm. Others: how far the similarity (FILIP: cosine) is above the word's mean, as a
-share of the text's largest. A tick on the best patch says that the object which the word names
-covers a quarter of it (as eval.py counts), a cross that it does not. Where one of the runs is
-FILIP's, there is its Figure 2: red indices are tokens of the words shown, which are the means of
-their tokens. The page shows more pictures, and SPARC's weights for any sigma.
-
-Differs from the papers: FILIP's figure shows patches only.
+align.png shows three pictures: of scenes, the first test scenes of two objects. A word's panel, the
+mean of its tokens, is bright where the word looks, on one scale for all words. SPARC: from an equal
+share of the word's weight (with the run's sigma) to FULL times that, by the logarithm. Others: how
+far the similarity (FILIP: cosine) is above the word's mean, as a share of the text's largest. A
+tick: the best patch is on the word's object (as eval.py counts); a cross: it is not. Figure 2 is
+there if a run is FILIP's. The page shows more pictures, and SPARC's weights for any sigma.
 """
 import argparse
 import base64
@@ -29,14 +25,14 @@ import os
 import pathlib
 import re
 import sys
+from collections import namedtuple
 from types import SimpleNamespace
-from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 import eval as evaluation
 from data import BadRow, Scenes, fit, open_dataset, open_image
-from losses import OBJECTIVES, sparc_alignment
+from losses import OBJECTIVES
 from model import DEVICES, UserError, clean, pick_device, write
 
 SIDE, MARGIN, TEXT = 280, 10, 22  # pixels: of a panel, between panels; size of letters
@@ -46,37 +42,60 @@ SMALL_WORDS = set("a an the of in on at by to with and or is are there it its hi
                   "that while for from left right above below . , picture photo".split())
 GREY, RED, BLUE, ORANGE = (105, 105, 105), (200, 0, 0), (0, 114, 178), (213, 94, 0)
 COLOURS = [BLUE, ORANGE, (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0)] * 9
+Run = namedtuple("Run", "name model tok args")
+# wanted: words to show (None: all but small ones); things: the object that a word names
+Sample = namedtuple("Sample", "image text wanted things masks",
+                    defaults=(None, {}, torch.zeros(0, 1, 1)))  # masks (N,H,W) of the objects
 
 
-class Sample(NamedTuple):
-    image: Image.Image
-    text: str
-    wanted: list = None  # words to show; None: all but articles and the like
-    things: dict = {}  # the object that a word names
-    masks: torch.Tensor = torch.zeros(0, 1, 1)  # (N, H, W), the objects
+def open_runs(folders, device="cpu"):
+    """-> [Run], named after their folders, or by the paths where two folders have one name."""
+    names = [os.path.basename(os.path.normpath(folder)) for folder in folders]
+    names = names if len(set(names)) == len(names) else folders
+    return [Run(name, *evaluation.load_run(folder, device)) for name, folder in zip(names, folders)]
+
+
+def collect(run, data, images, n, seed):
+    """n test scenes, or the first n pictures of data that can be read -> [Sample]."""
+    size, samples, bad = run.model.config["image_size"], [], "it is empty"
+    if data == "scenes":
+        scenes = Scenes(n, seed, size, "test", objects=(2, 2))
+        for scene in (scenes[i] for i in range(n)):
+            words = {w.text: w.thing for w in scene["words"] if w.kind in ("colour", "shape")}
+            samples.append(Sample(scene["image"], scene["caption"], list(words), words,
+                                  torch.from_numpy(scene["masks"])))
+        return samples
+    pairs = open_dataset(data, images=images)
+    for i in range(len(pairs)):
+        try:
+            samples.append(Sample(*pairs.pair(i, size=max(size, 2 * SIDE))))
+        except BadRow as e:
+            bad = e
+        if len(samples) == n:
+            break
+    if not samples:
+        raise UserError(f"{data} has no picture that can be read ({bad})")
+    return samples
 
 
 @torch.no_grad()
-def align(run, image, text):
-    """One RGB picture and one text, as a run (of open_runs) sees them -> what is there: products of
-    tokens and patches (L,P); what is shown of them (L,P), its name, what bright means; the best
-    token of each patch (P,); the tokens, L strings."""
+def align(run, image, text, how="crop"):
+    """A run (of open_runs), an RGB picture, a text -> products of tokens and patches (L,P); what is
+    shown of them (L,P), its name, what bright means; each patch's best token (P,); the L tokens."""
     model, tok, args = run.model, run.tok, run.args
-    _, V = evaluation.encode_images(model, [image])
+    _, V = evaluation.encode_images(model, [fit(image, model.config["image_size"], how)])
     _, T, M = evaluation.encode_texts(model, tok, [text])
     products = evaluation.word_patch_products(OBJECTIVES[args.loss], V, T)
-    shown, name, options = products, "similarity", evaluation.loss_options(args)
+    shown, name = products, "similarity"
     means = "dark: the word's mean over the patches or less, bright: the most above it"
-    if "sigma" in OBJECTIVES[args.loss].options:
-        shown = sparc_alignment(V, T, options.get("sigma"), options.get("softmax", False))
-        name = "softmax weights" if options.get("softmax") else "weights, eqs. 3 and 4"
+    if args.loss == "sparc":
+        shown = evaluation.attention(args, V, T, M)
+        name = "softmax weights" if getattr(args, "softmax", False) else "weights, eqs. 3 and 4"
         means = f"dark: an equal share of the word's weight or less, bright: {FULL} times or more"
-    marks = {tok.bos: "[BOS]", tok.eot: "[EOS]"}
-    ids = tok([text], model.context_length)[0][0, :T.shape[1]].tolist()
-    tokens = [marks.get(i, tok.symbols[i].replace("</w>", "")) for i in ids]
-    best = evaluation.best_words(V, T, M)[0].cpu()
+    ids = tok([text], model.context_length)[0][0, 1:T.shape[1] - 1].tolist()
+    tokens = ["[BOS]", *(tok.symbols[i].replace("</w>", "") for i in ids), "[EOS]"]
     return SimpleNamespace(products=products[0].cpu(), shown=shown[0].cpu(), name=name, means=means,
-                           best=best, tokens=tokens)
+                           best=evaluation.best_words(V, T, M)[0].cpu(), tokens=tokens)
 
 
 def brightness(word, aligned):
@@ -92,19 +111,16 @@ def brightness(word, aligned):
 def find_words(tok, text, wanted=None, small=SMALL_WORDS):
     """-> [(word, positions of its tokens)]: the wanted words or phrases wherever they stand, or all
     words that are not small. Raises UserError if one that is wanted is not there."""
-    text, found, parts, position = clean(text), [], [], 1
+    text, found, starts, ends, position = clean(text), [], {}, {}, 1
     for piece in tok.words.finditer(text):  # "t-shirt" has three, a number as many as digits
-        end = position + len(tok.encode(piece[0]))
-        parts.append((piece, range(position, end)))
-        position = end
-    words = [word.strip(".,;:!?()\"'") for word in text.split()]
-    words = [word for word in words if word and word not in small]
-    for word in dict.fromkeys(map(clean, wanted or words)):  # but not inside a longer number
+        starts[piece.start()] = position
+        position += len(tok.bpe(piece[0]))
+        ends[piece.end()] = position
+    words = {word.strip(".,;:!?()\"'") for word in text.split()} - {"", *small}
+    for word in set(map(clean, wanted or words)):  # but not inside a longer number
         for match in re.finditer(rf"(?<!\d(?=\d)){re.escape(word)}(?!(?<=\d)\d)", text):
-            inside = [(piece[0], at) for piece, at in parts
-                      if match.start() <= piece.start() and piece.end() <= match.end()]
-            if inside and "".join(piece for piece, _ in inside) == word.replace(" ", ""):
-                found.append((word, [p for _, at in inside for p in at]))
+            if word and match.start() in starts and match.end() in ends:
+                found.append((word, list(range(starts[match.start()], ends[match.end()]))))
     missing = [word for word in map(clean, wanted or ()) if word not in dict(found)]
     if missing:
         raise UserError(f"--words {' '.join(missing)}: not in the text {text!r}")
@@ -114,12 +130,11 @@ def find_words(tok, text, wanted=None, small=SMALL_WORDS):
 def seen_words(run, sample, length):
     """The words to show among `length` tokens -> [(word, positions)]; prints those it loses."""
     words = find_words(run.tok, sample.text, sample.wanted)
-    seen = [(word, [p for p in at if p < length - 1]) for word, at in words]
-    lost = [word for (word, at), (_, left) in zip(words, seen) if left != at]
+    lost = dict.fromkeys(word for word, at in words if at[-1] >= length - 1)
     if lost:
         print(f"note: the text is cut to {length} tokens, wholly or in part cut off: "
-              f"{', '.join(dict.fromkeys(lost))}", file=sys.stderr)
-    return [(word, at) for word, at in seen if at]
+              f"{', '.join(lost)}", file=sys.stderr)
+    return [(word, [p for p in at if p < length - 1]) for word, at in words if at[0] < length - 1]
 
 
 # ------------------------------------------------------------------------------------- panels
@@ -164,99 +179,49 @@ def sheet(blocks, path, columns=COLUMNS):
     return path
 
 
-def enlarge(image, how="crop", size=SIDE):
-    """A picture as a panel, with hard edges where pixels are few. how: fit's."""
-    if image.width == image.height < 100:
-        return image.resize((size, size), Image.Resampling.NEAREST)
-    return fit(image, size, how)
-
-
 def spotlight(picture, x, grid):
     """A panel that is bright where x (P,) is 1 and dark where it is 0."""
-    veil = Image.new("L", (grid, grid))
-    veil.putdata([round(255 * (DIM + (1 - DIM) * number)) for number in x.tolist()])
-    veil = veil.resize(picture.size, Image.Resampling.NEAREST)
+    veil = np.round(255 * (DIM + (1 - DIM) * x.double().numpy())).astype(np.uint8)
+    veil = Image.fromarray(veil.reshape(grid, grid)).resize(picture.size, Image.Resampling.NEAREST)
     return ImageChops.multiply(picture, veil.convert("RGB"))
 
 
-def draw_outline(panel, mask):
-    """White around an object, black around that. mask (H,W) bool."""
-    inside = Image.fromarray(mask.numpy()).convert("L").resize(panel.size, 0)
-    white = inside.filter(ImageFilter.MaxFilter(7))
-    black = white.filter(ImageFilter.MaxFilter(5))
-    panel.paste("black", (0, 0), ImageChops.subtract(black, white))
-    panel.paste("white", (0, 0), ImageChops.subtract(white, inside))
-
-
-def draw_mark(panel, x, y, hit):
-    """A tick, a cross if hit is False, a dot if it is None."""
-    draw, r = ImageDraw.Draw(panel), 8 if hit is None else 15
+def word_panel(picture, x, best, grid, hit=None, mask=None):
+    """One word: x (P,) in 0..1 as light, mask (H,W) as outline; hit: a tick, a cross, a dot."""
+    out, step = spotlight(picture, x, grid), SIDE / grid
+    if mask is not None:
+        inside = Image.fromarray(mask.numpy()).convert("L").resize(out.size, 0)
+        for ink, size in (("black", 11), ("white", 7)):  # white, and black around that
+            wide = inside.filter(ImageFilter.MaxFilter(size))
+            out.paste(ink, (0, 0), ImageChops.subtract(wide, inside))
+    draw, r = ImageDraw.Draw(out), 8 if hit is None else 15
+    x, y = (best % grid + 0.5) * step, (best // grid + 0.5) * step
     ink = {True: BLUE, False: ORANGE, None: "black"}[hit]
     draw.ellipse((x - r, y - r, x + r, y + r), ink, "white", 2)
     line = {True: (-8, 0, -2, 6, 7, -6), False: (-6, -6, 6, 6, 0, 0, 6, -6, -6, 6), None: ()}[hit]
     draw.line([(x + a, y + b) for a, b in zip(line[::2], line[1::2])], "white", 4)
-
-
-def word_panel(picture, x, best, grid, hit=None, mask=None):
-    """One word: x (P,) in 0..1 as light, the outline of its object, a mark on its best patch."""
-    out, step = spotlight(picture, x, grid), SIDE / grid
-    if mask is not None:
-        draw_outline(out, mask)
-    draw_mark(out, (best % grid + 0.5) * step, (best // grid + 0.5) * step, hit)
     return out
 
 
 def grid_panel(picture, best, marked, grid):
     """FILIP's Figure 2 of one picture (SIDE, SIDE). best (P,); marked: the tokens in red."""
-    step, font = SIDE / grid, ImageFont.load_default(SIDE / grid * 0.5)
-    own = torch.tensor([token in marked for token in best.tolist()])
-    out = spotlight(picture, own.float().clamp(min=0.2), grid)
+    step, red = SIDE / grid, [token in marked for token in best.tolist()]
+    out = spotlight(picture, torch.tensor(red).float().clamp(min=0.2), grid)
+    draw, font = ImageDraw.Draw(out), ImageFont.load_default(step * 0.5)
     for p, token in enumerate(best.tolist()):
-        place, style = ((p % grid + 0.5) * step, (p // grid + 0.5) * step), {"fill": "white"}
-        if own[p]:
-            style = {"fill": RED, "stroke_width": 3, "stroke_fill": "white"}
-        ImageDraw.Draw(out).text(place, str(token), font=font, anchor="mm", **style)
+        place = (p % grid + 0.5) * step, (p // grid + 0.5) * step
+        draw.text(place, str(token), RED if red[p] else "white", font, "mm",
+                  stroke_width=3 * red[p], stroke_fill="white")
     return out
-
-
-# ------------------------------------------------------------------------ what there is to draw
-def open_runs(folders, device="cpu"):
-    names = [os.path.basename(os.path.normpath(folder)) for folder in folders]
-    names = names if len(set(names)) == len(names) else folders
-    loaded = [evaluation.load_run(folder, device) for folder in folders]
-    return [SimpleNamespace(name=name, model=model, tok=tok, args=args)
-            for name, (model, tok, args) in zip(names, loaded)]
-
-
-def collect(run, data, images, n, seed):
-    """n test scenes, or the first n pictures of data that can be read -> [Sample]."""
-    size, samples, bad = run.model.config["image_size"], [], "it is empty"
-    if data == "scenes":
-        for scene in map(Scenes(n, seed, size, "test", objects=(2, 2)).__getitem__, range(n)):
-            words = {w.text: w.thing for w in scene["words"] if w.kind in ("colour", "shape")}
-            samples.append(Sample(scene["image"], scene["caption"], list(words), words,
-                                  torch.from_numpy(scene["masks"])))
-        return samples
-    pairs = open_dataset(data, images=images)
-    for i in range(len(pairs)):
-        try:
-            samples.append(Sample(*pairs.pair(i, size=max(size, 2 * SIDE))))
-        except BadRow as e:
-            bad = e
-        if len(samples) == n:
-            break
-    if not samples:
-        raise UserError(f"{data} has no picture that can be read ({bad})")
-    return samples
 
 
 # ---------------------------------------------------------------------------- align.png
 def align_row(run, sample, how, numbered, title):
-    """One run, one sample -> text and panels, two blocks of sheet; (hit, chance) of each word whose
-    object is known; what is shown, in words. numbered: with FILIP's Figure 2."""
-    model, grid = run.model, run.model.visual.grid
-    a = align(run, fit(sample.image, model.config["image_size"], how), sample.text)
-    picture, words = enlarge(sample.image, how), seen_words(run, sample, len(a.tokens))
+    """One run, one sample -> text, panels, (hit, chance) of words with objects, what is shown."""
+    a, grid = align(run, sample.image, sample.text, how), run.model.visual.grid
+    picture, words = fit(sample.image, SIDE, how), seen_words(run, sample, len(a.tokens))
+    if sample.image.width == sample.image.height < 100:  # with hard edges where pixels are few
+        picture = sample.image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
     marked = {p for _, at in words for p in at}
     text = [letters(f"{k} {token}" if numbered else token, RED if k in marked else GREY)
             for k, token in enumerate(a.tokens) if numbered or 0 < k < len(a.tokens) - 1]
@@ -264,9 +229,8 @@ def align_row(run, sample, how, numbered, title):
         share = min(sample.image.size) / max(sample.image.size)
         text.append(letters(f"(the middle {share:.0%} of the picture)", GREY))
     panels, hits = [titled(title, picture)], []
-    if numbered:
-        numbers = grid_panel(picture, a.best, marked, grid)
-        panels.append(titled("best token of each patch", numbers))
+    if numbered:  # FILIP's Figure 2
+        panels.append(titled("best token of each patch", grid_panel(picture, a.best, marked, grid)))
     for word, at in words:
         x, thing, mask, hit = a.shown[at].mean(0), sample.things.get(word), None, None
         if thing is not None:
@@ -309,7 +273,7 @@ def align_sheet(runs, samples, path, how="crop"):
 def page_view(run, sample, how):
     """What the page needs of one picture as one run sees it."""
     grid, masks = run.model.visual.grid, sample.masks
-    a = align(run, fit(sample.image, run.model.config["image_size"], how), sample.text)
+    a = align(run, sample.image, sample.text, how)
     words = [{"word": word, "at": at, "thing": sample.things.get(word, -1)}
              for word, at in find_words(run.tok, sample.text, small=())
              if at[-1] < len(a.tokens) - 1]
@@ -337,9 +301,8 @@ def data_url(picture):
 
 def align_page(runs, samples, path, how="crop", curves=None):
     """Write the page, one file that needs no other. samples: as for align_sheet -> its path"""
-    data = {"full": FULL, "dim": DIM, "runs": []}
-    data["pictures"] = [data_url(fit(sample.image, min(448, *sample.image.size), how))
-                        for sample in samples[0]]
+    pictures = [fit(sample.image, min(448, *sample.image.size), how) for sample in samples[0]]
+    data = {"full": FULL, "dim": DIM, "runs": [], "pictures": [*map(data_url, pictures)]}
     for run, mine in zip(runs, samples):
         views = [page_view(run, sample, how) for sample in mine]
         sigma = evaluation.loss_options(run.args).get("sigma")
@@ -508,8 +471,7 @@ def draw_curves(folders, out=None):
         path = os.path.join(folder, "log.csv")
         if not os.path.isfile(path):
             raise UserError(f"there is no {path}: name run folders of train.py")
-        with open(path, encoding="utf-8") as file:
-            logs.append(list(csv.DictReader(file)))
+        logs.append(list(csv.DictReader(pathlib.Path(path).read_text("utf-8").splitlines())))
     names, charts = dict.fromkeys(name for log in logs for row in log for name in row), []
     for name in list(names)[1:]:  # not step
         curves = [[(float(row["step"]), float(row[name])) for row in log
@@ -525,16 +487,15 @@ def draw_run(folders, data=None, n=6, device="cpu", out=None, images=None, how="
     """A run folder, or several -> the paths of the sheet, the page beside it, and of curves.png.
     n pictures of data, images: as for eval.evaluate; own: a Sample to draw in their place."""
     folders = [folders] if isinstance(folders, str) else folders
-    runs, samples, curves = open_runs(folders, device), [[own]] * len(folders), []
+    runs, curves = open_runs(folders, device), []
     args = runs[0].args
-    if not own:
-        if not data:
-            data = args.data if args.data == "scenes" else args.val
-            images = getattr(args, "images", None)
+    if not (own or data):
+        data = args.data if args.data == "scenes" else args.val
+        images = getattr(args, "images", None)
         if not data:
             raise UserError(f"{folders[0]} was trained on {args.data}: name a picture with --image "
                             f"and --text, or --data PATH")
-        samples = [collect(run, data, images, n, args.seed) for run in runs]
+    samples = [[own] if own else collect(run, data, images, n, args.seed) for run in runs]
     out = out or evaluation.place(folders[0], "align.png")
     align_sheet(runs, [some[:SHEET] for some in samples], out, how)
     if not own and all(os.path.isfile(os.path.join(folder, "log.csv")) for folder in folders):
@@ -543,7 +504,7 @@ def draw_run(folders, data=None, n=6, device="cpu", out=None, images=None, how="
     return [out, page, *curves]
 
 
-def flags():
+def main():
     ap = argparse.ArgumentParser(description="Draw what runs have learned, into the first folder.")
     add = ap.add_argument
     add("runs", nargs="+", metavar="RUN",
@@ -557,11 +518,7 @@ def flags():
     add("--n", type=int, default=6, help=f"pictures on the page; the first {SHEET} make the sheet")
     add("--out", help="the PNG to write (default: RUN/align.png, align-IMAGE.png, curves.png)")
     add("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
-    return ap.parse_args()
-
-
-def main():
-    args, own = flags(), None
+    args, own = ap.parse_args(), None
     device = pick_device(args.device)
     if args.runs[0] == "curves" and len(args.runs) > 1:
         print(draw_curves(args.runs[1:], args.out))

@@ -287,11 +287,10 @@ def test_attention_equals_torch(n):
     torchs.load_state_dict(ours.state_dict())                              # the names are the same
     causal = torch.full((n, n), -math.inf).triu(1)
     padding = torch.arange(n) >= torch.tensor([[n], [n - 7], [1]])
-    padding_bias = torch.zeros(3, 1, 1, n).masked_fill(padding[:, None, None], -math.inf)
-    for bias, torchs_mask in ((None, {}), (causal, {"attn_mask": causal}),
-                              (padding_bias, {"key_padding_mask": padding})):
+    for seen, torchs_mask in ((None, {}), (causal == 0, {"attn_mask": causal}),
+                              (~padding[:, None, None], {"key_padding_mask": padding})):
         expected, _ = torchs(x, x, x, need_weights=False, **torchs_mask)
-        assert close(ours(x, bias), expected)
+        assert close(ours(x, seen), expected)
 
 
 def test_attention_starts_as_torchs():

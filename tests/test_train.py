@@ -20,8 +20,8 @@ import pytest
 import torch
 from PIL import Image
 import train
-from data import BYTES, MERGES, Batches, Scenes, Tokenizer
-from model import UserError, build
+from data import Batches, Scenes, Tokenizer
+from model import BYTES, MERGES, UserError, build
 from test_model import hierarchy
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -701,7 +701,7 @@ def test_a_released_archive_is_evaluated_and_drawn(released, tmp_path, monkeypat
     metrics = json.loads(open(beside + "-metrics.json").read())
     assert metrics["about"]["model"] == "tiny.pt" and metrics["about"]["pictures"] == 4
     assert all(Image.open(f"{beside}-{name}.png").width > 600 for name in ("align", "align-1"))
-    assert "| retrieval i2t_r1" in capsys.readouterr().out
+    assert " retrieval i2t_r1 " in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")
