@@ -705,7 +705,7 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None
     if not data:
         data = args.data if args.data == "scenes" else args.val
         images = getattr(args, "images", None)
-    if not data or (data == "scenes" and args.data != "scenes"):
+    if not data:
         raise UserError(f"{folder} was trained on {args.data}: name the pictures, --data PATH")
     if data == "scenes":
         read_prompts(prompts, None)  # refuses any
@@ -733,15 +733,17 @@ def seeds(runs):
 
 
 def cell(found, group, key):
-    """Mean ± standard deviation over seeds; of one run the number, low and high; or a dash."""
+    """Mean ± standard deviation over seeds; of one run the number (its interval); or a dash."""
     digits = 2 if key.startswith("local") else int(group != "cost")
     values = [m[group][key] for m in found if key in m.get(group, {})]
     if not values:
         return "-"
     if len(values) > 1:
         return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-    around = found[0].get("interval", {}).get(f"{group} {key}", [])
-    return " ".join(f"{x:.{digits}f}" for x in values + around)
+    text, around = f"{values[0]:.{digits}f}", found[0].get("interval", {}).get(f"{group} {key}")
+    if around:
+        text += f" ({around[0]:.{digits}f}-{around[1]:.{digits}f})"
+    return text
 
 
 def table(runs):

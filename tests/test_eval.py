@@ -607,8 +607,8 @@ def test_seeds_of_one_objective_become_one_column():
     grouped = evaluation.seeds(runs)
     assert list(grouped) == ["clip (2 seeds)", "sparc-0", "clip-2", "wide"]
     cells = [x.strip() for x in evaluation.table(grouped).splitlines()[2].strip("|").split("|")]
-    assert cells == ["retrieval i2t_r1", "12.0 ± 2.8", "50.0 49.0 52.0", "99.0 98.0 101.0",
-                     "1.0 0.0 3.0", "40"]
+    assert cells == ["retrieval i2t_r1", "12.0 ± 2.8", "50.0 (49.0-52.0)", "99.0 (98.0-101.0)",
+                     "1.0 (0.0-3.0)", "40"]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
