@@ -811,9 +811,10 @@ def test_older_checkpoints_of_mgca_still_load(tmp_path):
 
 def test_what_to_evaluate_on(tmp_path):
     folder = make_run(tmp_path / "run", data="photos/train.csv")
-    for data in (None, "scenes"):
-        with pytest.raises(UserError, match="photos/train.csv.*--data"):
-            evaluation.evaluate(folder, data, progress=False)
+    with pytest.raises(UserError, match="photos/train.csv.*--data"):
+        evaluation.evaluate(folder, progress=False)
+    scenes = evaluation.evaluate(folder, "scenes", n=20, progress=False)  # whoever asks for them
+    assert "alignment" in scenes and scenes["about"]["data"] == "scenes"
 
 
 # ---------------------------------------------------------------------------------------- the cost
