@@ -33,7 +33,7 @@ import numpy as np
 import regex
 import torch
 from PIL import Image, ImageDraw, ImageOps, JpegImagePlugin, UnidentifiedImageError
-from model import Tokenizer, UserError, write  # Tokenizer and write: people look for them here
+from model import Tokenizer, UserError, write  # Tokenizer is for those who look here
 
 # -------------------------------------------------------------------------------------- the scenes
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
@@ -734,7 +734,8 @@ def open_image(source, size=None, name="the bytes"):
     side, limit = size or 512, Image.MAX_IMAGE_PIXELS
     try:
         if not isinstance(source, bytes):
-            name, source = source, read_bytes(source)
+            name = source
+            source = read_bytes(name)
         im = start_image(source)
         im.draft("RGB", (side, side))  # JPEGs are decoded no larger than needed
         if limit and not 0 < im.width * im.height <= limit:
@@ -932,7 +933,7 @@ def main():
         image, caption = data.pair(i)
         print(caption)
         sheet.paste(center_crop(image, 224), (228 * i, 0))
-    sheet.save(out)
+    write(out, lambda path: sheet.save(path, format="PNG"))
     print(f"drawn into {out}")
 
 

@@ -479,6 +479,7 @@ class Objective(typing.NamedTuple):
 
 DTYPES = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILIP_OPTIONS = ("keep", "one_sided", "gather_dtype")
+# Your own objective: a loss above and a line here; a new option needs a line in train.py too
 OBJECTIVES = {
     "clip": Objective(clip, "clip_loss", "one vector a picture with one a text, in all pairs"),
     "filip": Objective(filip, "filip_loss", "each patch's best word, each word's best patch",

@@ -220,18 +220,21 @@ def fill_in(args):
 
 def check(args):
     """Refuse numbers that make no sense, each with one sentence."""
-    least = dict(warmup=0, leff=0, eval_every=0, workers=0, steps=1, batch_size=1, accum_steps=1,
+    least = dict(warmup=0, leff=0, eval_every=0, workers=0, lr=0, weight_decay=0, clip_grad=0,
+                 global_weight=0, local_weight=0, layers=1, steps=1, batch_size=1, accum_steps=1,
                  log_every=1, save_every=1)
     for name, value in vars(args).items():
         if name in least and value is not None and value < least[name]:
             raise UserError(f"{flag(name)} must be at least {least[name]}, not {value}")
         if name in ("keep", "crop", "local_crop") and value is not None and not 0 < value <= 1:
             raise UserError(f"{flag(name)} must lie in 0..1, above 0, not {value}")
-    if not 0 <= args.max_bad <= 1:
-        raise UserError(f"--max-bad is a share of the samples, in 0..1, not {args.max_bad}")
+        if name in ("max_bad", "paraphrase", "mismatch") and not 0 <= value <= 1:
+            raise UserError(f"{flag(name)} is a share, in 0..1, not {value}")
+    if not 0 <= args.beta2 < 1:
+        raise UserError(f"--beta2 must lie in 0..1, below 1, not {args.beta2}")
     if args.sigma != "1/P" and not 0 <= args.sigma <= 1:
         raise UserError(f"--sigma is a share of the largest similarity, in 0..1, not {args.sigma}")
-    if args.vocab and args.vocab.startswith("learn:") and not args.vocab[6:].isdigit():
+    if args.vocab and args.vocab.split(":")[0] == "learn" and not args.vocab[6:].isdigit():
         raise UserError(f"--vocab {args.vocab}: the number of entries is missing, as in learn:8000")
     frozen = set(args.freeze or ()) - {"none"}
     if len(frozen) > 1 or (frozen and not args.init):
@@ -671,6 +674,8 @@ class Run:
         if self.bad:
             where, _, reason = next(iter(self.bad))
             print(f"note: {len(self.bad):,} rows can't be used; the first: {where}: {reason}")
+        if args.warmup >= args.steps:
+            print(f"note: --steps {args.steps} end inside --warmup {args.warmup}: lower it")
         report_texts(self.data, self.tok, self.model.context_length)
         if args.loss == "pyramid":
             report_terms(self.data, args)

@@ -823,6 +823,16 @@ def test_files_of_another_kind(tmp_path, name, content, parts):
     refuse([name, *parts], open_dataset, tmp_path / name)
 
 
+def test_a_split_of_no_file(tmp_path):
+    refuse(["none.json:train", "no such file"], open_dataset, tmp_path / "none.json:train")
+
+
+def test_where_samples_can_not_be_drawn(tmp_path):
+    command = [sys.executable, HERE / "data.py", "--n", "1", "--out", tmp_path / "none" / "x.png"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and run.stderr.startswith("data.py: can't write"), run.stderr
+
+
 def test_bad_records_of_json(tmp_path):
     """Each is named, and the others stay."""
     captions = photos(tmp_path, 2)
@@ -1082,7 +1092,7 @@ def test_a_picture_bomb_is_refused():
 
 def test_no_file_is_run_or_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    refuse(["no such file"], open_image, tmp_path / "pipe.jpg")
+    refuse(["pipe.jpg", "no such file"], open_image, tmp_path / "pipe.jpg")
     refuse(["PostScript"], open_image, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     refuse(["identify"], open_image, b"")
 
@@ -1104,9 +1114,9 @@ def test_check_reads_and_counts_everything(tmp_path):
     command = [sys.executable, HERE / "data.py", "check", "d.csv"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    for part in ("3 pictures and 4 captions can be used, 4 rows not", "width         24 to 60",
-                 "pictures      1 of 3", "captions      1 of 4", "there is no a picture",
-                 "the caption of a picture is empty", "can't read a picture as a picture"):
+    for part in ("3 pictures with 3 captions can be used; 4 faults", "width         24 to 60",
+                 "pictures      1 of 3", "captions      1 of 3 repeat", "there is no PICTURE",
+                 "the caption of PICTURE is empty", "can't read PICTURE as a picture"):
         assert part in run.stdout, (part, run.stdout)
     with open(tmp_path / "bad_rows.csv", newline="") as f:
         told = list(csv.reader(f))

@@ -617,15 +617,17 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     data, file = features_case(tmp_path)
     folder = make_run(tmp_path / "run", loss="clip", data="x.csv")
 
-    def say(*words):
-        monkeypatch.setattr(sys, "argv", ["eval.py", folder, *words])
+    def say(*words, more=()):
+        monkeypatch.setattr(sys, "argv", ["eval.py", folder, *more, *words])
         evaluation.main()
         return capsys.readouterr()
     said = say("--data", data, "--json")
     assert set(json.loads(said.out)) == {"run"} and "1 rows are left out" in said.err
     assert say("--data", data, "--markdown").out.startswith("| ")
     plain = say("--data", data).out
-    assert "|" not in plain and "drop_k2: a dash: only sparc's and gloria's" in plain
+    assert "|" not in plain and "dash" not in plain
+    both = say("--data", data, more=[make_run(tmp_path / "two", loss="sparc", data="x.csv")]).out
+    assert "drop_k2: a dash: only sparc's and gloria's" in both and "local_gap" not in both
     with pytest.raises(UserError, match="--features is for one run on files"):
         say("--features", file)
 

@@ -126,6 +126,11 @@ GOOD = [f"{k}.png,a picture of thing {k}" for k in range(4)]
     ("--loss pyramid --terms GS GS", "twice"),
     ("--loss pyramid --lam 0.7 --mu 0.7", "--lam 0.7"),
     ("--loss pyramid --local-crop 2", "--local-crop must lie in 0..1"),
+    ("--lr -1", "--lr must be at least 0, not -1.0"),
+    ("--weight-decay -1", "--weight-decay must be at least 0"),
+    ("--beta2 1", "--beta2 must lie in 0..1, below 1"),
+    ("--paraphrase 3", "--paraphrase is a share, in 0..1, not 3.0"),
+    ("--vocab learn", "the number of entries is missing, as in learn:8000"),
     ("--loss pyramid --model RN50", "ResNet, which has no vision_layers"),
 ])
 def test_bad_options_are_one_sentence(go, words, sentence, tmp_path):
@@ -183,7 +188,7 @@ def test_too_many_bad_rows_stop_the_run_with_a_summary(go, tmp_path):
     with pytest.raises(UserError, match="1. of .. samples can't be.*--max-bad 0.01") as e:
         go(*more)
     assert "\n" not in str(e.value) and "python data.py check" in str(e.value)
-    assert " x can't read a picture as a picture)" in str(e.value)
+    assert " x can't read PICTURE as a picture)" in str(e.value)
     done = read_checkpoint(tmp_path / "run")["step"]
     assert 0 < done < 12 and 11 <= len(listed(tmp_path / "run")) < 20
     with pytest.raises(UserError, match="--max-bad 0.01"):
@@ -194,7 +199,7 @@ def test_too_many_bad_rows_stop_the_run_with_a_summary(go, tmp_path):
 
 def test_bad_rows_of_a_table_are_weighed_when_it_is_opened(go, tmp_path):
     rows = GOOD + ["1.png,"] * 11
-    with pytest.raises(UserError, match="11 of 15 samples can't be used .11 x the caption of a"):
+    with pytest.raises(UserError, match="11 of 15 samples can't be used .11 x the caption of PICTURE"):
         go(*FILES, "--data", photos(tmp_path, rows))
     assert len(listed(tmp_path / "run")) == 11 and not (tmp_path / "run" / "last.pt").exists()
     with pytest.raises(UserError, match="1 of 5 samples.*--max-bad 0.0"):
