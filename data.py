@@ -15,19 +15,8 @@ Pairs). FILIP's AutoAugment is left out. Files get a random crop by default, SPA
 The way of the data: a reader gives the rows of a file, Pairs puts them in order. .pair(i, r) of
 Scenes or Pairs gives (picture, caption), .views and .local_view what PyramidCLIP sees beside it.
 """
-import argparse
-import contextlib
-import csv
-import functools
-import glob
-import hashlib
-import io
-import itertools
-import json
-import math
-import os
-import random
-import tarfile
+import argparse, contextlib, csv, functools, gc, glob, hashlib, io, itertools, json, math, os
+import random, tarfile
 from collections import defaultdict, namedtuple
 import numpy as np
 import regex
@@ -369,9 +358,15 @@ class BadRow(UserError):
         return f"{self.where}: {self.reason}"
 
 
+@functools.lru_cache(1000)
+def find_columns(names):
+    """The columns of the picture and of the captions among these names; None: there is none."""
+    return [next(filter(names.__contains__, wanted), None) for wanted in COLUMNS]
+
+
 def as_row(where, cells):
     """The Row of a dict of cells, whichever of COLUMNS' names it uses."""
-    image, captions = (next((cells[c] for c in names if c in cells), None) for names in COLUMNS)
+    image, captions = map(cells.get, find_columns(tuple(cells)))
     return Row(where, image, captions, *map(cells.get, ("image_id", "summary", "objects")))
 
 
@@ -393,14 +388,16 @@ def read_table(path):
     while n < len(lines):
         where, size = f"{path} line {n + 1}", 1
         try:
-            # 20 lines at most, and of one picture: an open quote spoils its own line alone
-            more = itertools.takewhile(names_no_picture, lines[n + 1:n + 20])
-            reader = csv.reader(itertools.chain([lines[n]], more), delimiter=delimiter, strict=True)
-            cells, size = next(reader), reader.line_num
+            cells = lines[n].rstrip("\r\n").split(delimiter)
+            if '"' in lines[n]:
+                # 20 lines at most, and of one picture: an open quote spoils its own line alone
+                some = [lines[n], *itertools.takewhile(names_no_picture, lines[n + 1:n + 20])]
+                reader = csv.reader(some, delimiter=delimiter, strict=True)
+                cells, size = next(reader), reader.line_num
             if any(map(str.strip, cells[len(names):])):
                 raise csv.Error(f"{len(cells)} cells in {len(names)} columns: put quotes around a "
                                 "caption that has commas")
-            if cells:
+            if lines[n].strip():
                 yield as_row(where, dict(zip(names, cells)))
         except csv.Error as e:
             why = str(e).replace("unexpected end of data", "a quote is opened and not closed")
@@ -599,7 +596,7 @@ class Pairs:
                 fault = "is empty or no text"
             elif len(caption) > 5000:  # a mistake in the file
                 fault = f"is too long ({len(caption):,} characters)"
-            elif BROKEN.search(caption):
+            elif not caption.isprintable() and BROKEN.search(caption):
                 fault = "has bytes that are no UTF-8 text, or NULs (save the file as UTF-8)"
             else:
                 good.append(caption.strip())
@@ -712,10 +709,13 @@ def open_dataset(path, regions=None, images=None):
         rows = read_karpathy(file, split)
     else:
         rows = {".json": read_coco, ".jsonl": read_jsonl}.get(kind, read_table)(path)
+    gc.disable()  # a million rows make no garbage, but it would be looked for all the time
     try:
         return Pairs(path, rows, images or folder, regions)
     except OSError as e:
         raise UserError(f"can't read {path} ({e})") from None
+    finally:
+        gc.enable()
 
 
 def start_image(content):

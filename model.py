@@ -29,14 +29,7 @@ FILIP. A.2 fine-tunes with larger images and does not say how positions follow: 
 PACL, which SPARC compares with: e_v is written from others' descriptions, not from PACL's paper.
 `tiny` is ours: two layers of SPARC's towers, for CPUs and the built-in scenes.
 """
-import argparse
-import gzip
-import heapq
-import html
-import math
-import os
-import pickle
-import zipfile
+import argparse, gzip, heapq, html, math, os, pickle, zipfile
 from collections import Counter, OrderedDict, defaultdict
 from typing import NamedTuple
 import torch
