@@ -380,8 +380,8 @@ def read_table(path):
         lines = f.readlines() or [""]
     delimiter, n = max(",;\t", key=lines[0].count), 1
     names = [name.strip(' "\r\n').lower() for name in lines[0].split(delimiter)]
-    lacks = [f"no column of the {kind} ({', '.join(taken)})"
-             for kind, taken in zip(("picture", "caption"), COLUMNS) if not set(taken) & set(names)]
+    lacks = [f"no column of the {kind} ({', '.join(taken)})" for kind, taken, column
+             in zip(("picture", "caption"), COLUMNS, find_columns(tuple(names))) if not column]
     if lacks:
         raise UserError(f"{path} line 1 has {' and '.join(lacks)}, or is not in UTF-8; found: "
                         f"{shown(', '.join(names))}")

@@ -44,7 +44,7 @@ import torch
 from tqdm import tqdm
 from data import COLOURS, SHAPES, BadRow, Scenes, Tokenizer, center_crop, filip_prompts, normalize
 from data import join, open_dataset, read_bytes, split_lines, start_image, to_tensor, word_tokens
-from losses import DTYPES, OBJECTIVES, late_blocks, sparc_alignment, unit
+from losses import DTYPES, OBJECTIVES, gloria_attention, late_blocks, sparc_alignment, unit
 from model import CLIP, DEVICES, UserError, clean, openai_model, pick_device, read_weights, write
 
 
@@ -246,6 +246,17 @@ def load_run(folder, device="cpu"):
     return model.to(device).eval(), tok, args
 
 
+def run_names(runs):
+    """Paths of runs -> their last parts, or the paths themselves where two of these are equal."""
+    names = [os.path.basename(os.path.normpath(run)) for run in runs]
+    return names if len(set(names)) == len(names) else runs
+
+
+def own_data(args):
+    """The data that a run can be judged by, None if there is none, and its --images."""
+    return args.data if args.data == "scenes" else args.val, getattr(args, "images", None)
+
+
 def loss_options(args):
     """The keyword options of a run's loss, from any object with train.py's options as attributes.
     An option that args lacks, as in an older checkpoint, is left out: losses.py's default holds."""
@@ -421,8 +432,7 @@ def attention(args, V, T, M):
     if args.loss == "sparc":
         own = {k: x for k, x in loss_options(args).items() if k in ("sigma", "softmax")}
         return sparc_alignment(V, T, **own)
-    s = torch.einsum("bld,bpd->blp", T, V) / V.shape[-1] ** 0.5
-    return (4 * s.masked_fill(~M[..., None], -torch.inf).softmax(1)).softmax(2)
+    return gloria_attention(torch.einsum("bld,bpd->blp", T, V) / V.shape[-1] ** 0.5, M)
 
 
 def weight_drops(a, M):
@@ -646,8 +656,9 @@ def content_words(words):
 def pair_features(model, tok, data, file=None, progress=True):
     """Pairs -> v, V of its pictures, t, T, M of their captions, the pictures' numbers, [BadRow].
     file: an .npz of these, read if it is there, else written. UserError: it is no such file."""
-    sums = [x.double().sum().item() for x in model.state_dict().values()]
-    mark = f"{data.fingerprint()} {hashlib.sha256(repr(sums).encode()).hexdigest()}"
+    if file:  # of this model and this data
+        sums = [x.double().sum().item() for x in model.state_dict().values()]
+        mark = f"{data.fingerprint()} {hashlib.sha256(repr(sums).encode()).hexdigest()}"
     if file and os.path.exists(file):
         try:
             saved = dict(np.load(file))
@@ -705,8 +716,7 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None
     "scenes", n of them; or None: as trained. features, prompts: see pair_features, read_prompts."""
     model, tok, args = load_run(folder, device)
     if not data:
-        data = args.data if args.data == "scenes" else args.val
-        images = getattr(args, "images", None)
+        data, images = own_data(args)
     if not data:
         raise UserError(f"{folder} was trained on {args.data}: name the pictures, --data PATH")
     if data == "scenes":
@@ -888,14 +898,12 @@ def main():
         return print(cost_table(), filip_table(), sep="\n\n")
     if args.n < 10:
         raise UserError(f"--n {args.n}: at least 10 scenes are needed")
-    names = [os.path.basename(os.path.normpath(run)) for run in args.runs]
-    names = names if len(set(names)) == len(names) else args.runs
     device = pick_device(args.device)
     if args.features and (len(args.runs) > 1 or args.data in (None, "scenes")):
         raise UserError("--features is for one run on files: name one RUN, and --data PATH")
     given = args.data, args.n, device, True, args.images, args.features, args.prompts
     with contextlib.redirect_stdout(sys.stderr):  # notes
-        runs = {name: evaluate(run, *given) for name, run in zip(names, args.runs)}
+        runs = {name: evaluate(run, *given) for name, run in zip(run_names(args.runs), args.runs)}
     if args.json:
         return print(json.dumps(runs, indent=1))
     text = table(seeds(runs))

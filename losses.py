@@ -297,18 +297,22 @@ def pacl_loss(V, t, scale, gather_dtype=None):
 
 
 # ----------------------------------------------------------------------------------------- GLoRIA
+def gloria_attention(s, M):
+    """s (..., L, P) products of words and patches, M (..., L) -> weights of the words (..., L, P):
+    a softmax over words, then one over patches; 4 is the temperature of GLoRIA's public code."""
+    return (4 * s.masked_fill(~M[..., None], -torch.inf).softmax(-2)).softmax(-1)
+
+
 @full_precision
 def gloria_similarity(V, T, M):
     """V (B,P,D), T (C,L,D), M (C,L) -> (B,C). GLoRIA's local similarity of pictures and texts.
 
     Each word attends to the patches; its cosine with what it sees enters a log-sum-exp over words,
-    which favours long texts. As in GLoRIA's public code, the attention is a softmax over words,
-    then one over patches; 4 and 5 are that code's temperatures. SPARC D.3 divides by sqrt(D)."""
+    which favours long texts; 5 is the temperature of GLoRIA's code. SPARC D.3 divides by sqrt(D)"""
     def similarity(V, T, M):
         s = torch.einsum("bpd,cld->bclp", V, unit(T))           # (B, C, L, P)
         w = s * (T.norm(dim=-1, keepdim=True) / T.shape[-1] ** 0.5)        # <T, V> / sqrt(D)
-        w = w.masked_fill(~M[:, :, None], -torch.inf).softmax(2)
-        r = attended_cosine((4 * w).softmax(3), s, V)           # (B, C, L)
+        r = attended_cosine(gloria_attention(w, M), s, V)       # (B, C, L)
         return (5 * r).masked_fill(~M, -torch.inf).logsumexp(2)
 
     parts = by_length(M)

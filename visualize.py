@@ -15,16 +15,7 @@ far the similarity (FILIP: cosine) is above the word's mean, as a share of the t
 tick: the best patch is on the word's object (as eval.py counts); a cross: it is not. Figure 2 is
 there if a run is FILIP's. The page shows more pictures, and SPARC's weights for any sigma.
 """
-import argparse
-import base64
-import csv
-import io
-import json
-import math
-import os
-import pathlib
-import re
-import sys
+import argparse, base64, csv, io, json, math, os, pathlib, re, sys
 from collections import namedtuple
 from types import SimpleNamespace
 import numpy as np
@@ -49,26 +40,26 @@ Sample = namedtuple("Sample", "image text wanted things masks",
 
 
 def open_runs(folders, device="cpu"):
-    """-> [Run], named after their folders, or by the paths where two folders have one name."""
-    names = [os.path.basename(os.path.normpath(folder)) for folder in folders]
-    names = names if len(set(names)) == len(names) else folders
+    names = evaluation.run_names(folders)
     return [Run(name, *evaluation.load_run(folder, device)) for name, folder in zip(names, folders)]
 
 
-def collect(run, data, images, n, seed):
-    """n test scenes, or the first n pictures of data that can be read -> [Sample]."""
-    size, samples, bad = run.model.config["image_size"], [], "it is empty"
-    if data == "scenes":
-        scenes = Scenes(n, seed, size, "test", objects=(2, 2))
-        for scene in (scenes[i] for i in range(n)):
-            words = {w.text: w.thing for w in scene["words"] if w.kind in ("colour", "shape")}
-            samples.append(Sample(scene["image"], scene["caption"], list(words), words,
-                                  torch.from_numpy(scene["masks"])))
-        return samples
-    pairs = open_dataset(data, images=images)
+def draw_scenes(n, seed, size):
+    """n test scenes of two objects -> [Sample]."""
+    samples, scenes = [], Scenes(n, seed, size, "test", objects=(2, 2))
+    for scene in (scenes[i] for i in range(n)):
+        words = {w.text: w.thing for w in scene["words"] if w.kind in ("colour", "shape")}
+        samples.append(Sample(scene["image"], scene["caption"], list(words), words,
+                              torch.from_numpy(scene["masks"])))
+    return samples
+
+
+def read_photos(data, images, n, size):
+    """The first n pictures of data that can be read -> [Sample]. Raises UserError if none can."""
+    samples, bad, pairs = [], "it is empty", open_dataset(data, images=images)
     for i in range(len(pairs)):
         try:
-            samples.append(Sample(*pairs.pair(i, size=max(size, 2 * SIDE))))
+            samples.append(Sample(*pairs.pair(i, size=size)))
         except BadRow as e:
             bad = e
         if len(samples) == n:
@@ -490,12 +481,16 @@ def draw_run(folders, data=None, n=6, device="cpu", out=None, images=None, how="
     runs, curves = open_runs(folders, device), []
     args = runs[0].args
     if not (own or data):
-        data = args.data if args.data == "scenes" else args.val
-        images = getattr(args, "images", None)
+        data, images = evaluation.own_data(args)
         if not data:
             raise UserError(f"{folders[0]} was trained on {args.data}: name a picture with --image "
                             f"and --text, or --data PATH")
-    samples = [[own] if own else collect(run, data, images, n, args.seed) for run in runs]
+    sizes = [run.model.config["image_size"] for run in runs]
+    if data == "scenes" and not own:
+        samples = [draw_scenes(n, args.seed, size) for size in sizes]
+    else:  # the same for all runs, and read once
+        photos = [own] if own else read_photos(data, images, n, max(2 * SIDE, *sizes))
+        samples = [photos] * len(runs)
     out = out or evaluation.place(folders[0], "align.png")
     align_sheet(runs, [some[:SHEET] for some in samples], out, how)
     if not own and all(os.path.isfile(os.path.join(folder, "log.csv")) for folder in folders):

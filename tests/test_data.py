@@ -950,7 +950,8 @@ def test_one_worker_under_spawn(tmp_path):
 
 
 def test_marks_belong_to_words_in_learned_vocabularies():
-    nine = "कुत्ता हिंदी में पानी की किताब के नीचे है"
+    nine = ("कुत्ता हिंदी में पानी "
+            "की किताब के नीचे है")
     learned = Tokenizer.train([nine] * 3, 5000)
     assert len(learned.encode(nine)) == 9 and learned.decode(learned.encode(nine)) == nine
     assert len(WORDS.findall(nine)) > 20  # the published pattern cuts at each mark

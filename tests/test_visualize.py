@@ -193,7 +193,7 @@ def test_outline_of_the_page_is_the_border():
 def test_hits_are_the_loop(run):
     """A word's best patch lies on its object if that covers a quarter of it; so for the chance."""
     opened, = visualize.open_runs([run])
-    sample, = visualize.collect(opened, "scenes", None, 1, 3)
+    sample, = visualize.draw_scenes(1, 3, opened.model.config["image_size"])
     a = visualize.align(opened, sample.image, sample.text)
     _, panels, hits, _ = visualize.align_row(opened, sample, "crop", False, "")
     assert len(sample.wanted) == 4 == len(hits) and len(panels) == 5
@@ -484,7 +484,7 @@ def page(tmp_path_factory):
     folders = [make_run(folder / loss, loss=loss, sigma=0.3) for loss in ("sparc", "filip")]
     folders.append(make_run(folder / "soft", softmax=True))
     runs = visualize.open_runs(folders)
-    samples = [visualize.collect(run, "scenes", None, 2, 0) for run in runs]
+    samples = [visualize.draw_scenes(2, 0, run.model.config["image_size"]) for run in runs]
     return runs, samples, visualize.align_page(runs, samples, str(folder / "align.html"))
 
 
