@@ -3,17 +3,18 @@
     python data.py                        # print five scenes and draw them into samples.png
     python data.py --data photos/train.csv --n 8
     python data.py check photos/train.csv # read everything once and list what can't be used
+    python data.py clean photos/train.csv photos/clean.csv # take out what FILIP's rules forbid
 
-Covers: FILIP 3.1.2 (prompts, eq. 6) and 3.2 (several texts a picture), PyramidCLIP 3.1 to 3.3
-(summary, global and local view, object phrases, regions), SPARC 4.1.
+Covers: FILIP 3.1.2 (prompts, eq. 6), 3.2 (AutoAugment, several texts a picture), 3.3 (cleaning),
+PyramidCLIP 3.1 to 3.3 (summary, global and local view, object phrases, regions), SPARC 4.1.
 
 Differs from the papers: they train on 15 million pairs (PyramidCLIP's ablations) to 6.1 billion
 (SPARC's three sets), `Scenes` draws its own. Rules stand in for FILIP's translator, PyramidCLIP's
 T5 and its detector, whose features are a random projection here; files may bring their own (see
-Pairs). FILIP's AutoAugment is left out. Files get a random crop by default, SPARC uses none.
+Pairs). Files get a random crop by default, SPARC uses none.
 
 The way of the data: a reader gives the rows of a file, Pairs puts them in order. .pair(i, r) of
-Scenes or Pairs gives (picture, caption), .views and .local_view what PyramidCLIP sees beside it.
+Scenes or Pairs gives (picture, caption), .views what PyramidCLIP sees beside it.
 """
 import argparse, contextlib, csv, functools, gc, glob, hashlib, io, itertools, json, math, os
 import random, tarfile
@@ -21,7 +22,7 @@ from collections import defaultdict, namedtuple
 import numpy as np
 import regex
 import torch
-from PIL import Image, ImageDraw, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from model import Tokenizer, UserError, write  # Tokenizer is for those who look here
 
 # -------------------------------------------------------------------------------------- the scenes
@@ -112,10 +113,9 @@ def join(words):
 
 
 class Scenes:
-    """Small pictures of coloured shapes, drawn on demand, the same on every machine.
-
-    In a scene all colours and all shapes differ, so each word names one object. Outside "train" no
-    two scenes hold the same set of objects, unless unique=False.
+    """Small pictures of coloured shapes, drawn on demand, the same on every machine. In a scene all
+    colours and all shapes differ, so each word names one object. Outside "train" no two scenes hold
+    the same set of objects, unless unique=False.
     n: how many. seed: another seed is another set. size: side in pixels, a multiple of 7.
     split: "train", "val", "test" never share a scene; each of "composition" shows one of HELD_OUT.
     objects: least and most; few are more frequent.
@@ -333,14 +333,18 @@ def filip_prompts(label, prefixes, descriptions=("",), suffixes=("",)):
 
 # ---------------------------------------------------------------------------------- real pictures
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-COLUMNS = (("image", "filepath", "file_name", "image_path", "path"), ("caption", "title", "text"))
+PICTURE = regex.compile("|".join(map(regex.escape, PICTURES)), regex.IGNORECASE)
+COLUMNS = {"picture": ("image", "filepath", "file_name", "image_path", "path"),
+           "caption": ("caption", "title", "text")}  # the names that each may have
 BROKEN = regex.compile(r"[\0\ud800-\udfff]")  # half surrogates stand for bytes that aren't UTF-8
 DAMAGE = (AttributeError, KeyError, RecursionError, TypeError, ValueError)  # of JSON's contents
+SIDE = regex.compile(r"\b(left|right)\b", regex.IGNORECASE)
 CLAUSE = regex.compile(
     r"(?:\S+\s+){0,2}\S*?(?:(?!\s*[,.;:]|\s+(?:and|with|while|who|which|that|as|near|next)\b).)*",
     regex.IGNORECASE | regex.DOTALL)
 # what a reader gives; place: (path, offset, size) of a picture in a tar file; label: its class
-Row = namedtuple("Row", "where image captions id summary objects place label", defaults=[None] * 5)
+Row = namedtuple("Row", "where image captions id summary objects paraphrases place label",
+                 defaults=[None] * 6)
 
 
 def shown(text):
@@ -358,20 +362,11 @@ class BadRow(UserError):
         return f"{self.where}: {self.reason}"
 
 
-@functools.lru_cache(1000)
-def find_columns(names):
-    """The columns of the picture and of the captions among these names; None: there is none."""
-    return [next(filter(names.__contains__, wanted), None) for wanted in COLUMNS]
-
-
 def as_row(where, cells):
     """The Row of a dict of cells, whichever of COLUMNS' names it uses."""
-    image, captions = map(cells.get, find_columns(tuple(cells)))
-    return Row(where, image, captions, *map(cells.get, ("image_id", "summary", "objects")))
-
-
-def names_no_picture(line):
-    return not any(kind in line.lower() for kind in PICTURES)
+    image, captions = (next(filter(cells.__contains__, names), None) for names in COLUMNS.values())
+    columns = image, captions, "image_id", "summary", "objects", "paraphrases"
+    return Row(where, *map(cells.get, columns))
 
 
 def read_table(path):
@@ -380,8 +375,8 @@ def read_table(path):
         lines = f.readlines() or [""]
     delimiter, n = max(",;\t", key=lines[0].count), 1
     names = [name.strip(' "\r\n').lower() for name in lines[0].split(delimiter)]
-    lacks = [f"no column of the {kind} ({', '.join(taken)})" for kind, taken, column
-             in zip(("picture", "caption"), COLUMNS, find_columns(tuple(names))) if not column]
+    lacks = [f"no column of the {kind} ({', '.join(wanted)})"
+             for kind, wanted in COLUMNS.items() if set(wanted).isdisjoint(names)]
     if lacks:
         raise UserError(f"{path} line 1 has {' and '.join(lacks)}, or is not in UTF-8; found: "
                         f"{shown(', '.join(names))}")
@@ -391,8 +386,8 @@ def read_table(path):
             cells = lines[n].rstrip("\r\n").split(delimiter)
             if '"' in lines[n]:
                 # 20 lines at most, and of one picture: an open quote spoils its own line alone
-                some = [lines[n], *itertools.takewhile(names_no_picture, lines[n + 1:n + 20])]
-                reader = csv.reader(some, delimiter=delimiter, strict=True)
+                more = itertools.takewhile(lambda x: not PICTURE.search(x), lines[n + 1:n + 20])
+                reader = csv.reader([lines[n], *more], delimiter=delimiter, strict=True)
                 cells, size = next(reader), reader.line_num
             if any(map(str.strip, cells[len(names):])):
                 raise csv.Error(f"{len(cells)} cells in {len(names)} columns: put quotes around a "
@@ -482,14 +477,13 @@ def read_folder(folder):
     if not texts:
         yield from read_shards([os.path.join(folder, f) for f in files if f.endswith(".tar")])
     beside = not set(files).isdisjoint(texts.values())
-    for p in texts:
-        captions, text = [], os.path.join(folder, texts[p])
-        label = os.path.dirname(p).split(os.sep)[0].replace("_", " ")
-        if not beside and label:
+    for picture, text in texts.items():
+        captions, label = [], os.path.dirname(picture).split(os.sep)[0].replace("_", " ")
+        if label and not beside:
             captions = filip_prompts(label, ["a photo of a"])
-        elif os.path.isfile(text):
-            captions = split_lines(read_bytes(text))
-        yield Row(os.path.join(folder, p), p, captions, label=None if beside else label)
+        elif os.path.isfile(os.path.join(folder, text)):
+            captions = split_lines(read_bytes(os.path.join(folder, text)))
+        yield Row(os.path.join(folder, picture), picture, captions, label=None if beside else label)
 
 
 def expand(pattern):
@@ -503,7 +497,9 @@ def expand(pattern):
 
 
 def read_shard(path, name):
-    """Rows of the tar file at a path, in which each picture's name begins with this name."""
+    """Rows of a tar file as webdataset and img2dataset write it: .jpg, .png ... with a .txt, or a
+    .json that has a caption; name: what a picture's name begins with. Pictures are read at random
+    from the file itself, so it lies on a disk, and is not packed."""
     samples = defaultdict(dict)  # stem -> {extension: (path, offset, size)}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -527,11 +523,8 @@ def read_shard(path, name):
 
 
 def read_shards(paths):
-    """Rows of tar files as webdataset and img2dataset write them: .jpg, .png ... with a .txt, or a
-    .json that has a caption. They are read at random, so they lie on a disk, and are not packed."""
     top = os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths] or ["."])
-    for path in paths:
-        yield from read_shard(path, os.path.relpath(path, top))
+    return itertools.chain.from_iterable(read_shard(p, os.path.relpath(p, top)) for p in paths)
 
 
 @functools.lru_cache(8)
@@ -543,16 +536,18 @@ def open_regions(path, process):
 class Pairs:
     """Pictures with their captions, from the rows of a reader. Rows of the same picture, or of the
     same image_id, are its several captions. Paths are relative to a folder, that of the file.
-    For PyramidCLIP rows may have a summary (of the row's caption) and objects ("brown dog, green
-    grass"; a picture's first row counts). regions is an .npz file with an array (M, 2052) for each
-    picture, named as in the file: the detector's 2,048 features of a region and its box x1, y1,
-    x2, y2 in 0..1, the surest first.
-    rows: the first Row of each picture. captions: its texts, [str] for each picture.
+    A row may have paraphrases, a list or texts between " | ", a summary (of the row's caption) and
+    objects ("brown dog, green grass"; a picture's first row counts), the latter for PyramidCLIP.
+    regions is an .npz file with an array (M, 2052) for each picture, named as in the file: the
+    detector's 2,048 features of a region and its box x1, y1, x2, y2 in 0..1, the surest first.
+    rows: the first Row of each picture. captions: [str] for each picture, what evaluation knows.
+    told: captions and paraphrases, of which training draws each as often (FILIP 3.2).
     bad: [BadRow], what had to be left out. classes: names of class folders, or None."""
     def __init__(self, path, rows, folder, regions=None):
         self.folder = os.path.join(os.path.abspath(folder), "")  # with a stroke at its end
         self.rows, self.captions, self.bad, self.regions = [], [], [], regions
-        self.summaries, index = {}, {}  # (number, caption) -> summary; name or (id,) -> number
+        self.told, self.summaries = [], {}  # a summary's key: (number, text)
+        index = {}  # name or (id,) -> number
         for row in rows:
             try:
                 self.add(row, index)
@@ -576,54 +571,58 @@ class Pairs:
         if not isinstance(row.image, str) or not row.image.strip():
             raise BadRow(row.where, "", "the name of the picture is empty or no text")
         name = os.path.normpath(row.image.strip()).removeprefix(self.folder)  # one spelling
-        captions = self.good_captions(row, name)
-        if captions:
-            key = name if row.id in (None, "") else (str(row.id),)
-            i = index.get(name, index.get(key))
-            if i is None:
-                i = self.add_picture(row, name)
-            index[name] = index[key] = i
-            self.captions[i] += captions
-            if row.summary and isinstance(row.summary, str):
-                self.summaries.setdefault((i, captions[0]), row.summary.strip())
+        captions = self.good_texts(row, name, "caption", row.captions or "")
+        if not captions:
+            return
+        key = name if row.id in (None, "") else (str(row.id),)
+        i = index.get(name, index.get(key))
+        if i is None:
+            i = self.add_picture(row, name)
+        index[name] = index[key] = i
+        others = row.paraphrases or []
+        if isinstance(others, str):
+            others = [text for text in others.split(" | ") if text.strip()]
+        others = self.good_texts(row, name, "paraphrase", others)
+        self.captions[i] += captions
+        self.told[i] += captions + others
+        if row.summary and isinstance(row.summary, str):
+            for text in (captions[0], *others):
+                self.summaries.setdefault((i, text), row.summary.strip())
 
-    def good_captions(self, row, name):
-        """The captions of a row that can be used; the others go into bad."""
+    def good_texts(self, row, name, kind, texts):
+        """The texts of a row that can be used; the others go into bad."""
         good = []
-        captions = row.captions if isinstance(row.captions, list) else [row.captions]
-        for caption in captions or [""]:
-            if not isinstance(caption, str) or not caption.strip():
+        for text in texts if isinstance(texts, list) else [texts]:
+            if not isinstance(text, str) or not text.strip():
                 fault = "is empty or no text"
-            elif len(caption) > 5000:  # a mistake in the file
-                fault = f"is too long ({len(caption):,} characters)"
-            elif not caption.isprintable() and BROKEN.search(caption):
+            elif len(text) > 5000:  # a mistake in the file
+                fault = f"is too long ({len(text):,} characters)"
+            elif not text.isprintable() and BROKEN.search(text):
                 fault = "has bytes that are no UTF-8 text, or NULs (save the file as UTF-8)"
             else:
-                good.append(caption.strip())
+                good.append(text.strip())
                 continue
-            self.bad.append(BadRow(row.where, name, f"the caption of {name} {fault}"))
+            self.bad.append(BadRow(row.where, name, f"the {kind} of {name} {fault}"))
         return good
 
     def add_picture(self, row, name):
         """The number of a new picture. Raises BadRow if it can't be used."""
-        first = self.rows[0] if self.rows else row
-        if row.objects is not None and not str(row.objects).strip():
-            raise BadRow(row.where, name, f"objects of {name} is empty")
-        if (row.objects is None) != (first.objects is None):
-            raise BadRow(row.where, name, f"{name} and the first picture do not both have objects")
+        without = (self.rows or [row])[0].objects is None  # as the first picture, so are all
+        if without != (row.objects is None) or str(row.objects).strip() == "":
+            raise BadRow(row.where, name, f"objects of {name} is empty, or not in every row")
         if not row.place and not os.path.isfile(os.path.join(self.folder, name)):
             raise BadRow(row.where, name, f"there is no {name} (paths start at {self.folder}: see "
                                           "--images)")
         self.rows.append(row._replace(image=name, captions=None))
         self.captions.append([])
+        self.told.append([])
         return len(self) - 1
 
     def fingerprint(self):
-        """A hash of the names and captions, in their order: the same data has the same."""
-        h = hashlib.sha256()
-        for name, captions in zip(self.images, self.captions):
-            h.update("\0".join([name, *captions, ""]).encode("utf-8", "backslashreplace"))
-        return h.hexdigest()
+        """A hash of the names and texts, in their order: the same data has the same."""
+        texts = (text for name, told in zip(self.images, self.told) for text in (name, *told))
+        whole = "".join(f"{text}\0" for text in texts)
+        return hashlib.sha256(whole.encode("utf-8", "backslashreplace")).hexdigest()
 
     def label(self, i):
         """The number of picture i's class in .classes, or None."""
@@ -664,17 +663,16 @@ class Pairs:
                 raise BadRow(row.where, row.image, reason) from None
         return out
 
-    def local_view(self, i, image, caption, r, size, area):
-        """PyramidCLIP's local view -> (a random crop of at least this area, the same caption)"""
-        return random_crop(image, size, area, r), caption
-
     def texts(self):
-        return [caption for captions in self.captions for caption in captions]
+        return [text for told in self.told for text in told]
 
     def pair(self, i, r=None, size=None):
-        """(picture, one of its captions): drawn by r, a random.Random, or the first."""
-        captions = self.captions[i]
-        return self.open(i, size), pick(captions, r) if r else captions[0]
+        """(picture, one of its texts drawn by r, a random.Random; without r its first caption)"""
+        return self.open(i, size), pick(self.told[i], r) if r else self.captions[i][0]
+
+    def draw_texts(self, i, k, r):
+        """k texts of picture i, all different ones if it has so many."""
+        return shuffled(self.told[i] * math.ceil(k / len(self.told[i])), r)[:k]
 
     def read(self, i):
         """The bytes of picture i's file."""
@@ -814,6 +812,59 @@ def normalize(images):
     return (images.float() - mean) / std
 
 
+# AutoAugment's policy for ImageNet (Cubuk et al. 2019, Table 9): operation, probability, magnitude
+POLICY = """
+Posterize .4 8, Rotate .6 9; Solarize .6 5, AutoContrast .6 5; Equalize .8 8, Equalize .6 3
+Posterize .6 7, Posterize .6 6; Equalize .4 7, Solarize .2 4; Equalize .4 4, Rotate .8 8
+Solarize .6 3, Equalize .6 7; Posterize .8 5, Equalize 1 2; Rotate .2 3, Solarize .6 8
+Equalize .6 8, Posterize .4 6; Rotate .8 8, Color .4 0; Rotate .4 9, Equalize .6 2
+Equalize 0 7, Equalize .8 8; Invert .6 4, Equalize 1 8; Color .6 4, Contrast 1 8
+Rotate .8 8, Color 1 2; Color .8 8, Solarize .8 7; Sharpness .4 7, Invert .6 8
+ShearX .6 5, Equalize 1 9; Color .4 0, Equalize .6 3; Equalize .4 7, Solarize .2 4
+Solarize .6 5, AutoContrast .6 5; Invert .6 4, Equalize 1 8; Color .6 4, Contrast 1 8
+Equalize .8 8, Equalize .6 3"""
+POLICY = [pair.split(", ") for pair in POLICY.strip().replace("\n", "; ").split("; ")]
+
+
+def change(im, name, strength, sign=1):
+    """An operation of AutoAugment. strength: 0 to 1, its place in the range of Table 6. sign: 1 or
+    -1, which way to turn or shear; what comes in is grey."""
+    if name in ("Invert", "Equalize", "AutoContrast"):  # these have no strength
+        return getattr(ImageOps, name.lower())(im)
+    if name == "Posterize":
+        return ImageOps.posterize(im, 8 - round(4 * strength))  # to so many bits
+    if name == "Solarize":
+        return ImageOps.solarize(im, 256 - round(256 * strength))  # from this brightness on
+    if name == "Rotate":
+        return im.rotate(sign * 30 * strength, fillcolor=(128, 128, 128))  # degrees
+    if name == "ShearX":
+        matrix = (1, sign * 0.3 * strength, 0, 0, 1, 0)
+        return im.transform(im.size, Image.Transform.AFFINE, matrix, fillcolor=(128, 128, 128))
+    return getattr(ImageEnhance, name)(im).enhance(0.1 + 1.8 * strength)
+
+
+def augment(image, r):
+    """AutoAugment (FILIP 3.2), drawn by r. It changes colours, so their words may be wrong then."""
+    for operation in pick(POLICY, r):
+        name, probability, magnitude = operation.split()
+        if r.random() < float(probability):
+            image = change(image, name, int(magnitude) / 9, pick((1, -1), r))
+    return image
+
+
+def mirrored(sample):
+    """A sample's texts and regions, made true of the mirror image: "left" and "right" change places
+    where they are whole words, and x1, x2 of boxes are 1 - x2, 1 - x1."""
+    def swap(text):
+        return SIDE.sub(lambda side: "right" if side[0].lower() == "left" else "left", text)
+    out = sample | {"caption": [swap(text) for text in sample["caption"]]}
+    for name in {"summary", "objects"}.intersection(out):
+        out[name] = swap(out[name])
+    if "regions" in out:
+        out["regions"][:, [-4, -2]] = 1 - out["regions"][:, [-2, -4]]
+    return out
+
+
 class Batches(torch.utils.data.Dataset):
     """Item `step` is this rank's share of that step's global batch, as collate makes it. It depends
     on (seed, step) alone, so a resumed run sees the same. An epoch is a random order of all N
@@ -822,9 +873,15 @@ class Batches(torch.utils.data.Dataset):
     drawn from (seed, epoch, its number, the try), and "bad" lists it: [(where, what, reason)].
     Other errors become {"error": sentence}.
     batch_size is global. min_area: of the random crop; None takes the central square. views: add
-    PyramidCLIP's. local_area: of its local view, whose caption is the pair's then, or None."""
+    PyramidCLIP's. local_area: of its local view, whose caption is the pair's then, or None.
+    For files, not for scenes: captions, how many texts of each picture; flip, mirror every second
+    picture and what is told of it; augment, AutoAugment of each view."""
     def __init__(self, data, tok, batch_size, size, context_length, seed=0, min_area=None,
-                 rank=0, world=1, views=False, local_area=None):
+                 rank=0, world=1, views=False, local_area=None, captions=1, flip=False,
+                 augment=False):
+        if isinstance(data, Scenes) and (captions > 1 or flip or augment):
+            raise UserError("--captions, --flip and --augment are for files: leave them out, the "
+                            "words of scenes would not be true then")
         if batch_size > len(data):
             raise UserError(f"--batch-size {batch_size} is larger than the data ({len(data)} "
                             "pictures): lower it")
@@ -835,6 +892,7 @@ class Batches(torch.utils.data.Dataset):
         self.size, self.context_length, self.rank, self.world = size, context_length, rank, world
         self.min_area, self.with_views = min_area, views
         self.local_area = local_area if views else None
+        self.captions, self.flip, self.augment = captions, flip, augment
         least = min(min_area or 1, self.local_area or 1)
         self.side = math.ceil(size / least ** 0.5)  # of a picture that crops are cut of
         self.epoch, self.order = None, None
@@ -877,23 +935,34 @@ class Batches(torch.utils.data.Dataset):
         """What collate takes of sample i in an epoch."""
         r = random.Random(f"{self.seed}/{epoch}/{i}")
         whole, caption = self.data.pair(i, r, self.side)
-        if self.min_area is None:
-            image = center_crop(whole, self.size)
-        else:
-            image = random_crop(whole, self.size, self.min_area, r)
-        out = {"images": image, "caption": caption}
+        texts = [caption] if self.captions == 1 else self.data.draw_texts(i, self.captions, r)
+        flipped = self.flip and r.random() < 0.5
+        if flipped:  # before the crops: PyramidCLIP's views share one caption and its sides
+            whole = ImageOps.mirror(whole)
+        out = {"images": self.crop(whole, self.min_area, r), "caption": texts}
         if self.with_views:
-            out |= self.data.views(i, whole, caption)
-        if self.local_area is not None:
+            out |= self.data.views(i, whole, texts[0])
+        if self.local_area and isinstance(self.data, Scenes):
             out["images_l"], out["caption"] = self.data.local_view(
                 i, whole, caption, r, self.size, self.local_area)
-        return out
+        elif self.local_area:
+            out["images_l"] = self.crop(whole, self.local_area, r)
+        return mirrored(out) if flipped else out
+
+    def crop(self, whole, area, r):
+        """A view of a picture: random, or its central square where there is no area."""
+        if area is None:
+            view = center_crop(whole, self.size)
+        else:
+            view = random_crop(whole, self.size, area, r)
+        return augment(view, r) if self.augment else view
 
 
 def collate(samples, tok, context_length):
-    """[{name: picture, text or regions}] -> a batch, a dict of tensors: images, images_l
-    (b, 3, H, W) uint8; ids (b, L) int64 and mask (b, L) bool of the captions, L the longest;
-    summary and objects as ids, each with its L; regions (b, M, 2052); and masks of these three."""
+    """[{name: picture, text, list of k texts or regions}] -> a batch, a dict of tensors: images,
+    images_l (b, 3, H, W) uint8; ids (k * b, L) int64 and mask (k * b, L) bool of the captions, L
+    the longest, the k of a picture in a row; summary (of the first caption) and
+    objects as ids, each with its L; regions (b, M, 2052); and masks of these three."""
     batch = {}
     for name in samples[0]:
         column = [s[name] for s in samples]
@@ -905,6 +974,8 @@ def collate(samples, tok, context_length):
             batch[name] = torch.nn.utils.rnn.pad_sequence(column, batch_first=True)
             batch["regions_mask"] = torch.arange(batch[name].shape[1]) < counts[:, None]
         else:
+            if isinstance(column[0], list):
+                column = [text for texts in column for text in texts]
             ids, mask = tok(column, context_length)
             longest = int(mask.sum(1).max())
             batch[name], batch[f"{name}_mask"] = ids[:, :longest], mask[:, :longest]
@@ -915,17 +986,22 @@ def collate(samples, tok, context_length):
 # ------------------------------------------------------------------------------------- the commands
 def main():
     ap = argparse.ArgumentParser(description="Print and draw samples of a dataset.")
-    ap.add_argument("command", nargs="*", metavar="check PATH", help="read all of it and count")
+    ap.add_argument("command", nargs="*", metavar="check PATH | clean IN OUT",
+                    help="read all of it and count; or take out what FILIP's rules forbid")
     ap.add_argument("--data", default="scenes", help="scenes, a table, .jsonl, .json, folder, .tar")
     ap.add_argument("--images", help="the folder of the pictures, if not that of the file")
     ap.add_argument("--n", type=int, default=5, help="how many samples")
     ap.add_argument("--out", help="where the pictures go (samples.png) or the list (bad_rows.csv)")
+    ap.add_argument("--min-side", type=int, default=200, help="clean: of the shorter side, pixels")
     args = ap.parse_args()
     if args.command:
-        if len(args.command) != 2 or args.command[0] != "check":
-            ap.error("the command is: check PATH")
-        from eval import check  # it reads with this file's functions, so it comes late
-        return check(args.command[1], args.images, args.out or "bad_rows.csv")
+        import eval as evaluation  # it reads with this file's functions, so it comes late
+        match args.command:
+            case ["check", path]:
+                return evaluation.check(path, args.images, args.out or "bad_rows.csv")
+            case ["clean", path, out]:
+                return evaluation.clean_table(path, args.images, out, args.min_side)
+        ap.error("the commands are: check PATH, clean IN OUT")
     data = Scenes(args.n) if args.data == "scenes" else open_dataset(args.data, images=args.images)
     n, out = min(args.n, len(data)), args.out or "samples.png"
     sheet = Image.new("RGB", (228 * n, 224), "white")

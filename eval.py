@@ -7,11 +7,11 @@
     python eval.py cost                           # a step at full size, beside the papers' tables
 
 Covers: FILIP 3.1.2 (similarities averaged over prompts), 4.2, 4.3, Tables 5, 11; SPARC 4.2 to 4.4,
-4.5's segmentation (D.7), Tables 7 and 12; of SPARC D.5 the formula of the prompts (eq. 9) alone.
+4.5's segmentation (D.7), Tables 7, 12; of its D.5 the formula of the prompts (eq. 9) alone.
 
-Percentages, except the local losses (nats) and the cost: steps, milliseconds a step (validation
-too), the most memory held in MB. "n" has the number of values of each mean, "interval" the middle
-95% of its bootstrap over test pictures. A tie counts against the model.
+Percentages, except local losses (nats) and the cost: steps, milliseconds a step (with validation),
+the most memory in MB. "n": the number of values of each mean; "interval": the middle 95% of its
+bootstrap over test pictures. A tie counts against the model.
 - retrieval. R@k: the true partner is among the k best. A picture may find any of its captions, a
   caption its picture. Equal texts count as one, which may find any of their pictures.
 - classification. Top-1 of 8 shapes and 8 colours, on scenes of one object, by two prompts; _one: by
@@ -19,6 +19,8 @@ too), the most memory held in MB. "n" has the number of values of each mean, "in
   classes' top-1), by all of --prompts; _one_prompt: by the first alone.
 - segmentation. Each patch takes the closest text, an object's or the background's. miou: mean over
   objects, in pixels. patch_acc: patches on an object. miou_objects: without the background's text.
+  miou_threshold: the same, but patches that no object exceeds are background (see foreground), by
+  a threshold that is best on validation scenes.
 - alignment. colour_word_acc, shape_word_acc: a word's best patch lies on the object that it names,
   which covers a quarter of it or more (chance: a random patch). patch_word_acc: the best word of a
   patch on an object names that object. drop_k2 to drop_k4: how far a token's k-th highest weight on
@@ -30,16 +32,17 @@ too), the most memory held in MB. "n" has the number of values of each mean, "in
   unseen_: of scenes with a pair of colour and shape that training never shows. count_acc: the text
   of 1 to 4 objects fits the picture best (chance 25).
 
-Differs from the papers: segmentation's classes are whole phrases ("a small red star"; "on sand" for
-the background, which SPARC does not name), and IoU is averaged over all objects, not by class.
-Prompts are phrases of the scenes' captions. Where Table 11 says "a (many)" or "perfume/fragrance",
-both are taken. FILIP is scored by late interaction and segmented by a patch's best word; PACL pools
-the patches for each text. All others, CLIP+FILIP too (as in SPARC's Tables 9 and 10), are scored,
-classified and segmented by their global embeddings.
+Differs from the papers: segmentation's classes are whole phrases ("a small red star") and IoU is
+averaged over objects. D.7 counts foreground classes alone, as miou_objects does; the background's
+text ("on sand") and threshold are ours. Prompts are phrases of the scenes' captions. Where Table 11
+says "a (many)" or "perfume/fragrance", both are taken. FILIP is scored and segmented by late
+interaction; PACL pools the patches for each text. All others, CLIP+FILIP too (as in SPARC's Tables
+9 and 10), go by their global embeddings.
 """
 import argparse, collections, contextlib, csv, functools, hashlib, json, math, os, pathlib, re
 import statistics, sys
 import numpy as np
+import regex
 import torch
 from tqdm import tqdm
 from data import COLOURS, SHAPES, BadRow, Scenes, Tokenizer, center_crop, filip_prompts, normalize
@@ -61,11 +64,11 @@ def count_faults(rows):
     return collections.Counter(kinds).most_common()
 
 
-def list_faults(path, rows):
-    """Write rows (where, what, reason) into a CSV file."""
+def list_faults(path, rows, columns=("where", "what", "reason")):
+    """Write rows into a CSV file."""
     def save(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8") as f:
-            csv.writer(f).writerows([("where", "what", "reason"), *rows])
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+            csv.writer(f).writerows([columns, *rows])
     write(path, save)
 
 
@@ -99,6 +102,55 @@ def check(path, images, out):
         print(f"{name:13} {len(items) - len(set(items)):,} of {len(items):,} repeat an earlier one")
     list_faults(out, bad)
     print(f"listed in {out}")
+
+
+WORD = regex.compile(r"(?<!\S)\p{P}*[\p{L}\p{M}][\p{L}\p{M}'’-]+\p{P}*(?!\S)")  # no img_0.jpg
+# frequent in German, French, Spanish, Italian, Portuguese or Dutch, and no English words
+FOREIGN = set(
+    "das der dem den ein eine einem einen einer mit auf im ins ist sind und für vor zum le la les "
+    "un une des et du de dans sur avec est au el los las una con por para del al dos il gli della "
+    "sulla che nel di uma um com em na da dois het een van en op met twee".split())
+
+
+def break_rules(text, times, sides, min_side):
+    """FILIP's rules of cleaning (3.3) -> {rule: does a caption break it?}. It is there so many
+    times, of a picture with these sides. Not in English: most of its letters are not a to z, or two
+    words and a third of all are FOREIGN; nothing tells the language of a few Latin letters."""
+    letters, words = regex.findall(r"\p{L}", text), regex.findall(r"\w+", text.lower())
+    foreign = sum(word in FOREIGN for word in words)
+    return {"of pictures that can't be read (see data.py check)": not max(sides),
+            f"of pictures with a side under {min_side} pixels": min(sides) < min_side,
+            "of pictures longer than 3 to 1": max(sides) > 3 * min(sides),
+            "without words": not WORD.search(text),
+            "not in English": 2 * sum(map(str.isascii, letters)) < len(letters)
+            or foreign >= max(2, len(words) / 3),
+            "that are there more than ten times": times > 10,
+            "that are kept": True}
+
+
+def clean_table(path, images, out, min_side):
+    """`python data.py clean`: captions that break no rule go into a new table. Each of the others
+    is counted under the first rule that it breaks."""
+    if os.path.lexists(out) or os.path.lexists(out + ".tmp"):
+        raise UserError(f"{out} or {out}.tmp is there already: choose another name")
+    pairs, found = open_dataset(path, images=images), collections.defaultdict(list)
+    if pairs.rows[0].place:
+        raise UserError(f"{path}: a table can't name pictures in .tar files; unpack them first")
+    times = collections.Counter(text.lower() for text in flat(pairs.captions))
+    for i in tqdm(range(len(pairs)), unit=" pictures", disable=None):
+        sides, picture = (0, 0), os.path.join(pairs.folder, pairs.images[i])
+        with contextlib.suppress(Exception):  # Pillow's readers raise nearly anything
+            sides = start_image(pairs.read(i)).size  # by its header
+        name = os.path.relpath(picture, os.path.dirname(out) or ".")
+        for text in pairs.captions[i]:
+            rules = break_rules(text, times[text.lower()], sides, min_side)
+            found[next(filter(rules.get, rules))].append((name, text))
+    kept = found["that are kept"]
+    list_faults(out, kept, ("image", "caption"))
+    print(f"{len(pairs.bad):10,}  faults of rows (see data.py check)")
+    for rule in rules:
+        print(f"{len(found[rule]):10,}  captions {rule}")
+    print(f"{len(dict(kept)):10,}  pictures that are kept, in {out}")
 
 
 # ------------------------------------------------------------------- class folders and prompts
@@ -141,8 +193,7 @@ TABLE_11 = dict(line.split(": ") for line in TABLE_11)
 
 
 def read_prompts(given, classes):
-    """A template with {} for a class's name, a file of them, or a name of TABLE_11 -> [templates].
-    Raises UserError, also if they are given where there are no classes."""
+    """A template with {}, a file of templates, or a name of TABLE_11 -> [templates]. UserError."""
     if not classes and given != PROMPT:
         raise UserError("--prompts is for a folder of class folders, and --data is something else")
     if given in TABLE_11:
@@ -156,7 +207,7 @@ def read_prompts(given, classes):
 
 def class_names(data):
     """The classes' names: their folders, or by lines `folder,name` of classes.txt. Or UserError."""
-    path, names = os.path.join(data.folder, "classes.txt"), dict(zip(data.classes, data.classes))
+    names, path = {name: name for name in data.classes}, os.path.join(data.folder, "classes.txt")
     if os.path.isfile(path):
         lines = [line.partition(",") for line in split_lines(read_bytes(path))]
         names = {folder.strip().replace("_", " "): name.strip() for folder, _, name in lines}
@@ -172,10 +223,9 @@ def class_names(data):
 
 
 def folder_classes(objective, model, tok, data, pictures, v, V, prompts):
-    """class_accuracy of pictures of class folders, by their numbers: by all prompts, and by the
-    first alone -> {name: (per cent, their count)}. Folders of one name are one class."""
+    """class_accuracy of these pictures of class folders -> {name: (per cent, how many)}."""
     names = class_names(data)
-    kinds, out = list(dict.fromkeys(names)), {}
+    kinds, out = list(dict.fromkeys(names)), {}  # folders of one name are one class
     label = torch.tensor([kinds.index(names[data.label(i)]) for i in pictures])
     ways = [("", prompts), ("_one_prompt", prompts[:1])]
     for way, some in ways[:len(prompts)]:  # one prompt, one way
@@ -188,19 +238,18 @@ def folder_classes(objective, model, tok, data, pictures, v, V, prompts):
 
 # -------------------------------------------------------------------------- runs and features
 def first_line(error):
-    """What an exception says, in at most 100 characters."""
-    return (str(error) or type(error).__name__).splitlines()[0][:100]
+    return f"{type(error).__name__}: {error}".splitlines()[0][:100]
 
 
 def place(run, name):
     """Where a result goes: into a run folder, or beside a file of weights, named after it."""
-    start = os.path.splitext(run)[0] + "-" if os.path.isfile(run) else os.path.join(run, "")
-    return start + name
+    if os.path.isfile(run):
+        return f"{os.path.splitext(run)[0]}-{name}"
+    return os.path.join(run, name)
 
 
 def read_checkpoint(path):
-    """A run folder, its last.pt or a file of OpenAI CLIP's weights -> a checkpoint of train.py, a
-    dict of tensors, numbers and strings. No code is unpickled. Raises UserError."""
+    """A run folder, last.pt or OpenAI CLIP's weights -> a checkpoint of train.py. Or UserError."""
     file = path if os.path.isfile(path) else os.path.join(path, "last.pt")
     if not os.path.isfile(file):
         raise UserError(f"there is no checkpoint {file}, and no file of weights {path}: train one "
@@ -212,35 +261,31 @@ def read_checkpoint(path):
             ckpt = {"config": model.config, "model": model.state_dict(), "head": {}, "step": 0,
                     "merges": None,  # the published vocabulary
                     "args": dict(loss="clip", model=name, data="others", val=None, seed=0)}
-        missing = sorted({"config", "model", "head", "merges", "args", "step"} - set(ckpt))
+        missing = {"config", "model", "head", "merges", "args", "step"} - set(ckpt)
+        if missing:
+            raise ValueError(f"no visual.conv1.weight, and it lacks {', '.join(sorted(missing))}")
+        return ckpt
     except Exception as e:  # torch raises many kinds on a damaged file
         raise UserError(f"{file} can't be read as a checkpoint or as OpenAI CLIP's weights "
                         f"({first_line(e)}); train again or take a copy") from None
-    if missing:
-        raise UserError(f"{file} is neither OpenAI CLIP's weights (no visual.conv1.weight) nor a "
-                        f"checkpoint of train.py: it lacks {', '.join(missing)}")
-    ckpt["head"].pop("calls", None)  # a counter that MGCA's head had in older checkpoints
-    return ckpt
 
 
 def load_run(folder, device="cpu"):
     """A run -> model in eval mode, tokeniser, args: its options, step, cost, head. Or UserError."""
     ckpt = read_checkpoint(folder)
+    config, step, merges = ckpt["config"], ckpt["step"], ckpt["merges"]
+    ckpt["head"].pop("calls", None)  # a counter that MGCA's head had in older checkpoints
     try:
-        model = CLIP(**ckpt["config"])
+        model, head = CLIP(**config), OBJECTIVES[ckpt["args"]["loss"]].head(config["embed_dim"])
         model.load_state_dict(ckpt["model"])
-        head = OBJECTIVES[ckpt["args"]["loss"]].head(ckpt["config"]["embed_dim"])
         head.load_state_dict(ckpt["head"])
     except (TypeError, KeyError, RuntimeError) as e:
-        raise UserError(f"{folder} is of another version of model.py ({first_line(e)}): "
-                        f"train again") from None
-    merges, size = ckpt["merges"], model.config["vocab_size"]
+        raise UserError(f"{folder} is of another model.py ({first_line(e)}): train again") from None
     tok = Tokenizer.clip(weights=folder) if merges is None else Tokenizer(merges)
-    if size != tok.vocab_size:
-        raise UserError(f"{folder} has {size:,} tokens, CLIP's published vocabulary has "
-                        f"{tok.vocab_size:,}: of an exported run, take the run folder")
-    step, milliseconds = ckpt["step"], 1000 * ckpt.get("seconds", 0)
-    cost = {"steps": step, "ms_per_step": milliseconds / max(1, step),
+    if tok.vocab_size != config["vocab_size"]:
+        raise UserError(f"{folder} has {config['vocab_size']:,} tokens, CLIP's published vocabulary"
+                        f" has {tok.vocab_size:,}: of an exported run, take the run folder")
+    cost = {"steps": step, "ms_per_step": 1000 * ckpt.get("seconds", 0) / max(1, step),
             "peak_mb": ckpt.get("peak_mb") or 0}
     args = argparse.Namespace(**ckpt["args"], step=step, cost=cost, head=head.to(device).eval())
     return model.to(device).eval(), tok, args
@@ -252,42 +297,44 @@ def run_names(runs):
     return names if len(set(names)) == len(names) else runs
 
 
-def own_data(args):
-    """The data that a run can be judged by, None if there is none, and its --images."""
-    return args.data if args.data == "scenes" else args.val, getattr(args, "images", None)
+def own_data(folder, args):
+    """The data that a run can be judged by, and its --images. Raises UserError if there is none."""
+    data = args.data if args.data == "scenes" else args.val
+    if not data:
+        raise UserError(f"{folder} was trained on {args.data}: name the pictures, --data PATH")
+    return data, getattr(args, "images", None)
 
 
 def loss_options(args):
-    """The keyword options of a run's loss, from any object with train.py's options as attributes.
-    An option that args lacks, as in an older checkpoint, is left out: losses.py's default holds."""
+    """The keyword options of a run's loss, from an object with options of train.py's."""
     names = OBJECTIVES[args.loss].options
-    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    options = {name: value for name, value in vars(args).items() if name in names}
     if "gather_dtype" in options:
         options["gather_dtype"] = DTYPES[args.gather_dtype]
     if options.get("sigma") == "1/P":
         options["sigma"] = None
-    if "alpha" in names and getattr(args, "hard_targets", False):
+    if "alpha" in options and getattr(args, "hard_targets", False):
         options["alpha"] = 0.0
     return options
 
 
 @torch.no_grad()
-def encode_images(model, images, batch=250, **options):
+def encode_images(model, images, **options):
     """List of RGB pictures -> v (B,D), V (B,P,D). options: encode_image's."""
     out, size = [], model.config["image_size"]
-    for i in range(0, len(images), batch):
-        x = to_tensor([center_crop(im, size) for im in images[i:i + batch]])
+    for i in range(0, len(images), 250):
+        x = to_tensor([center_crop(im, size) for im in images[i:i + 250]])
         out.append(model.encode_image(normalize(x.to(model.logit_scale.device)), **options))
     return tuple(map(torch.cat, zip(*out)))
 
 
 @torch.no_grad()
-def encode_texts(model, tok, texts, batch=500):
-    """List of texts -> t (C,D), T (C,L,D), M (C,L); L is the length of the longest of them."""
+def encode_texts(model, tok, texts):
+    """List of texts -> t (C,D), T (C,L,D), M (C,L); L is the length of the longest."""
     ids, mask = tok(texts, model.context_length)
     L = int(mask.sum(1).max())
     ids, mask = (x[:, :L].to(model.logit_scale.device) for x in (ids, mask))
-    out = [model.encode_text(i, m) for i, m in zip(ids.split(batch), mask.split(batch))]
+    out = [model.encode_text(i, m) for i, m in zip(ids.split(500), mask.split(500))]
     return *map(torch.cat, zip(*out)), mask
 
 
@@ -311,16 +358,14 @@ def similarities(objective, v, V, t, T, M, elements=1 << 20):
 def retrieval_hits(s_i2t, s_t2i, owner, number=None):
     """Is a true partner among the k best? -> {"i2t_r1": [[hit] of each picture], "t2i_r1": [its
     texts' hits], ...}. Ties and NaN fail. Inputs: see retrieval; texts in their pictures' order."""
-    each = torch.arange(len(owner))
-    number = each if number is None else number.cpu()
-    first = each.scatter_reduce(0, number, each, "amin", include_self=False)[number] == each
-    first, number = first.to(owner.device), number.to(owner.device)
+    number = torch.arange(len(owner)) if number is None else number.cpu()
+    first = np.unique(number, return_index=True)[1]  # of each text the first place
     has = torch.zeros_like(s_i2t, dtype=torch.bool)  # (B, C): picture, number of a text
     has[owner, number] = True
     own = has[:, number]  # (B, C)
     best_text = s_i2t.masked_fill(~own, -torch.inf).amax(1, keepdim=True)  # (B, 1)
     best_picture = s_t2i.masked_fill(~own, -torch.inf).amax(0)  # (C,)
-    i2t = (~(s_i2t < best_text) & ~own & first).sum(1)  # (B,) strangers that score no lower
+    i2t = (~(s_i2t < best_text) & ~own)[:, first].sum(1)  # (B,) strangers that score no lower
     t2i = (~(s_t2i < best_picture) & ~own).sum(0)  # (C,)
     ways = ("i2t", i2t, 1), ("t2i", t2i, owner.bincount().tolist())
     return {f"{way}_r{k}": [hits.tolist() for hits in (rank < k).split(sizes)]
@@ -329,16 +374,16 @@ def retrieval_hits(s_i2t, s_t2i, owner, number=None):
 
 def retrieval(s_i2t, s_t2i, owner, number=None):
     """R@1, R@5 and R@10 both ways, in per cent. FILIP 4.3, Table 2; SPARC 4.3, Tables 1 and 11.
-    s_i2t, s_t2i (B,C) similarities of pictures and texts; owner (C,) the picture of each text;
-    number (C,) below C: equal texts have the same. They count as one, of all their pictures."""
-    rows = retrieval_hits(s_i2t, s_t2i, owner, number)
-    return {key: percent(flat(hits)) for key, hits in rows.items()}
+    s_i2t, s_t2i (B,C) similarities; owner (C,) the picture of each text; number (C,) below C: equal
+    texts have the same. They count as one, of all their pictures."""
+    hits = retrieval_hits(s_i2t, s_t2i, owner, number)
+    return {key: percent(flat(rows)) for key, rows in hits.items()}
 
 
 def k_precision(s_i2t, words, own):
-    """Of the text that scores highest for a picture, the share of its words that the picture's own
-    texts have: [[share] of each picture], of texts that tie the mean. SPARC 4.4, Table 2.
-    s_i2t (B,C); words: a list for each text; own: a set for each picture."""
+    """The share of words of a picture's best text that its own texts have -> [[share] of each
+    picture], of texts that tie the mean. SPARC 4.4, Table 2. s_i2t (B,C); words: a list for each
+    text; own: a set for each picture."""
     rows = []
     for s, known in zip(s_i2t, own):
         best = (~(s < s.max())).nonzero()[:, 0].tolist()  # with a NaN all texts tie
@@ -350,8 +395,7 @@ def k_precision(s_i2t, words, own):
 def classify(objective, v, V, classes):
     """Similarity of pictures and classes -> (B,K). FILIP 3.1.2, Table 1; SPARC 4.2, Table 1.
     v (B,D), V (B,P,D); classes: for each class its n prompts, t (n,D), T (n,L,D), M (n,L).
-    CLIP averages the prompts' unit vectors. FILIP's tokens can't be averaged: where v is not
-    trained (FILIP, PACL), the similarities are."""
+    CLIP averages the prompts' unit vectors; FILIP and PACL, which train no v, similarities."""
     scores = []
     for t, T, M in classes:
         if objective.trains_v:
@@ -363,31 +407,35 @@ def classify(objective, v, V, classes):
 
 def class_accuracy(scores, label):
     """scores (B,K) of pictures and classes, label (B,) -> per cent: class (top-1), top5, per_class
-    (the mean of the top-1 of each class that has pictures). Ties count against the model."""
+    (the mean of the classes that have pictures). Ties count against the model."""
     own = scores.gather(1, label[:, None])
     rank = (~(scores < own)).sum(1) - 1  # (B,) strangers not below it, NaN too
     hit = (rank == 0).double()
-    each = [hit[label == kind].mean().item() for kind in label.unique()]
-    return {"class": percent(hit.tolist()), "per_class": percent(each),
-            "top5": percent((rank < 5).tolist())}
+    each = torch.stack([hit[label == kind].mean() for kind in label.unique()])
+    found = {"class": hit, "per_class": each, "top5": (rank < 5).double()}
+    return {name: 100 * x.sum().item() / len(x) for name, x in found.items()}
 
 
-def segment(objective, V, t, T, M):
-    """Class of each patch of one picture -> (P,), by the nearest text; in late interaction, word.
-    SPARC 4.5, Table 4. V (P,D); a text for each class: t (C,D), T (C,L,D), M (C,L)."""
-    if not objective.late:
-        return (unit(V) @ unit(t).T).argmax(1)
-    s = torch.einsum("pd,cld->pcl", unit(V), unit(T))  # (P, C, L)
-    return s.masked_fill(~M, -torch.inf).amax(2).argmax(1)
+def patch_scores(objective, V, t, T, M):
+    """How well each text fits a picture of each patch alone -> (P,C): the best is its class. SPARC
+    4.5, Table 4. V (P,D) of one picture; a text for each class: t (C,D), T (C,L,D), M (C,L)."""
+    return similarities(objective, V, V[:, None], t, T, M)[0]
+
+
+def foreground(scores, threshold):
+    """Class of each patch -> (P,). It is C, the background, where no score (P,C), scaled to 0..1
+    over the patches of the picture, reaches the threshold."""
+    low, high = scores.aminmax(dim=0)
+    best, label = ((scores - low) / (high - low)).max(1)
+    return label.masked_fill(~(best >= threshold), scores.shape[1])  # also if all are equal
 
 
 def object_ious(label, masks):
     """Intersection over union, in pixels, of each object -> (N,). Their mean is miou.
     label (P,) class of each patch of a square grid; masks (N,H,W) bool: object n is class n."""
-    grid = math.isqrt(len(label))
-    side = masks.shape[-1] // grid  # of a patch, in pixels
-    pixels = label.view(grid, grid).repeat_interleave(side, 0).repeat_interleave(side, 1)  # (H, W)
-    found = pixels == torch.arange(len(masks))[:, None, None]  # (N, H, W)
+    grid, (H, W) = math.isqrt(len(label)), masks.shape[1:]
+    y, x = torch.arange(H) * grid // H, torch.arange(W) * grid // W  # the patch of each pixel
+    found = label.view(grid, grid)[y][:, x] == torch.arange(len(masks))[:, None, None]  # (N, H, W)
     return (found & masks).sum((1, 2)) / (found | masks).sum((1, 2))
 
 
@@ -397,17 +445,16 @@ def patch_coverage(masks, grid):
     return masks.float().view(-1, grid, side, grid, side).mean((2, 4)).flatten(1)
 
 
-def patch_hits(label, cover, least=0.25):
-    """Of the patches on an object, those labelled with its number -> bool, one such patch each.
-    label (P,) object that each patch is said to show; cover (N,P), on: `least` of it or more."""
+def patch_hits(label, cover):
+    """Of patches that an object covers by a quarter, cover (N,P): is label (P,) right? -> bool."""
     share, thing = cover.max(0)
-    return (label == thing)[share >= least]
+    return (label == thing)[share >= 0.25]
 
 
-def word_hits(best_patch, thing, cover, least=0.25):
+def word_hits(best_patch, thing, cover):
     """Does a word's best patch lie on the object it names? -> (W,) bool, and the chance (W,).
     best_patch (W,) of each of W words; thing (W,) the object that it names; cover (N,P)."""
-    on = cover[thing] >= least  # (W, P)
+    on = cover[thing] >= 0.25  # (W, P)
     return on[torch.arange(len(thing)), best_patch], on.float().mean(1)
 
 
@@ -436,39 +483,37 @@ def attention(args, V, T, M):
 
 
 def weight_drops(a, M):
-    """(h_1 - h_k) / h_1, k = 2, 3, 4 -> (N,3), of the N real tokens of all texts; h_k is a token's
-    k-th highest weight. SPARC 4.7, Table 7. a (B,L,P) weights on 4 patches or more, M (B,L)."""
+    """(h_1 - h_k) / h_1, k = 2, 3, 4 -> (N,3), of the N real tokens; h_k is a token's k-th highest
+    weight. SPARC 4.7, Table 7. a (B,L,P) weights on 4 patches or more, M (B,L)."""
     h = a[M].topk(4).values  # (N, 4)
     return 1 - h[:, 1:] / h[:, :1]
 
 
 @torch.no_grad()
-def local_gap(objective, head, options, scale, v, V, t, T, M, batch=250):
-    """Mean local loss of the right pairs, of pairs with shuffled pictures, the difference; in nats:
-    near 0, it ignores the pictures. v (B,D), V (B,P,D), t (B,D), T (B,L,D), M (B,L)."""
-    sums = [0.0, 0.0]
-    for i in range(0, len(v), batch):
-        f = {k: x[i:i + batch] for k, x in zip("vVtTM", (v, V, t, T, M))}
-        for shift in (0, 1):  # 1: each text meets the patches of another picture
-            pairs = f | {"V": f["V"].roll(shift, 0), "scale": scale}
-            loss = objective.loss(pairs, head, **options)[objective.local]
-            sums[shift] += loss.item() * len(f["v"])
-    matched, shuffled = sums[0] / len(v), sums[1] / len(v)
+def local_gap(objective, head, options, scale, v, V, t, T, M):
+    """Mean local loss of the right pairs, of pairs with shuffled pictures, the difference, in nats.
+    v (B,D), V (B,P,D), t (B,D), T (B,L,D), M (B,L)."""
+    f = {"v": v, "t": t, "T": T, "M": M, "scale": scale}
+    matched, shuffled = (objective.loss(f | {"V": patches}, head, **options)[objective.local].item()
+                         for patches in (V, V.roll(1, 0)))  # roll: of another picture
     return {"local": matched, "local_shuffled": shuffled, "local_gap": shuffled - matched}
 
 
-def group_scores(objective, k, *features):
-    """k pictures at a time with their own k texts -> (n / k, k, k). v (n,D), V (n,P,D), t, T, M."""
-    groups = zip(*(x.split(k) for x in features))
-    return torch.stack([objective.score(*group)[0] for group in groups])
+def group_hits(objective, v, V, t, T, M, pictures, texts):
+    """Of each so many pictures and texts, of which the first are theirs, in their order: does a
+    picture's own text score above all others? v (n,D), V (n,P,D), t, T, M -> [[hit] of a group]"""
+    groups = zip(v.split(pictures), V.split(pictures), *(x.split(texts) for x in (t, T, M)))
+    s = torch.stack([objective.score(*group)[0] for group in groups])  # (groups, pictures, texts)
+    below = s < s.diagonal(dim1=1, dim2=2)[..., None]
+    return (below.sum(2) == texts - 1).tolist()
 
 
-def interval(rows, draws=1000):
+def interval(rows):
     """The middle 95% of the mean's bootstrap over test items, in per cent -> [low, high].
     rows: the values of each item, [[value, ...], ...], which are drawn together."""
     sums = torch.tensor([[sum(row), len(row)] for row in rows], dtype=torch.float64)  # (N, 2)
     g, n = torch.Generator().manual_seed(0), len(rows)
-    drawn = [sums[torch.randint(n, (n,), generator=g)].sum(0) for _ in range(draws)]
+    drawn = [sums[torch.randint(n, (n,), generator=g)].sum(0) for _ in range(1000)]
     total, count = torch.stack(drawn).T
     return (100 * total / count).nanquantile(total.new_tensor([0.025, 0.975])).tolist()
 
@@ -495,42 +540,50 @@ def report(measured):
     return out | {"n": n, "interval": intervals}
 
 
-def scene_classes(objective, model, tok, n, seed):
+def scene_classes(objective, model, tok, n):
     """Zero-shot shape and colour of n scenes of one object: by one prompt, by two, by four."""
-    scenes = Scenes(n, seed, model.config["image_size"], "test", objects=(1, 1), unique=False)
-    specs, rows = [scenes.spec(i) for i in range(n)], {}
+    scenes, rows = Scenes(n, 0, model.config["image_size"], "test", (1, 1), unique=False), {}
+    specs = [scenes.spec(i) for i in range(n)]
     v, V = encode_images(model, [scenes.draw(spec) for spec in specs])
-    ways = {"_one": ([], [""]), "": (["a small"], [""]),
-            "_it": (["a small"], ["I like it", "I hate it"])}  # prefixes beside "a", suffixes
+    small, likes = ["a small"], ["I like it", "I hate it"]  # beside "a"
+    ways = {"_one": ([], [""]), "": (small, [""]), "_it": (small, likes)}  # prefixes, suffixes
     for kind, names, noun in (("shape", SHAPES, ""), ("colour", list(COLOURS), " thing")):
-        label = [names.index(getattr(spec["things"][0], kind)) for spec in specs]
+        label = torch.tensor([names.index(getattr(s["things"][0], kind)) for s in specs])
         an = {x: "an" if x[0] in "aeiou" else "a" for x in names}
         for way, (prefixes, suffixes) in ways.items():
             texts = [sparc_prompts(x + noun, [an[x], *prefixes], suffixes) for x in names]
             scores = classify(objective, v, V, [encode_texts(model, tok, some) for some in texts])
-            rows[kind + way] = [[k == x] for k, x in zip(scores.argmax(1).tolist(), label)]
+            rows[kind + way] = (scores.argmax(1).cpu() == label)[:, None].tolist()
     return rows
 
 
-def scene_segmentation(objective, model, tok, scenes, V):
-    """miou, patch_acc, and miou_objects: without a text for the background, which D.7 does not
-    name. V (B,P,D): patches of training. D.7 sends them through h_v and the adapter. A loss that
-    does not use v leaves h_v as it was, unless training sends patches through it."""
-    if model.pool == "mean" and (objective.trains_v or model.patches_through_h):
-        V = encode_images(model, [s["image"] for s in scenes], patches_through_h=True)[1]
-    texts = [[join(Scenes.phrase(thing, 0)) for thing in s["things"]] + [f"on {s['background']}"]
-             for s in scenes]
-    encoded = encode_texts(model, tok, flat(texts))
-    by_scene = zip(*(x.split(list(map(len, texts))) for x in encoded))
-    rows = {"miou": [], "patch_acc": [], "miou_objects": []}
-    for s, patches, (t, T, M) in zip(scenes, V, by_scene):
-        masks = torch.from_numpy(s["masks"])
-        label = segment(objective, patches, t, T, M).cpu()
-        nearest = segment(objective, patches, t[:-1], T[:-1], M[:-1]).cpu()
+def scene_patches(objective, model, tok, scenes):
+    """-> for each scene patch_scores (P,N+1) of N objects' and the background's texts, masks. SPARC
+    D.7 sends patches through h_v; it is left out where neither v nor patches have trained it."""
+    images, through_h = [s["image"] for s in scenes], objective.trains_v or model.patches_through_h
+    V = encode_images(model, images, patches_through_h=through_h)[1]
+    for s, patches in zip(scenes, V):
+        objects = [join(Scenes.phrase(thing, 0)) for thing in s["things"]]
+        texts = encode_texts(model, tok, [*objects, f"on {s['background']}"])
+        yield patch_scores(objective, patches, *texts).cpu(), torch.from_numpy(s["masks"])
+
+
+def scene_segmentation(objective, model, tok, scenes, val):
+    """miou, miou_objects, miou_threshold, patch_acc; the threshold is chosen on scenes of val."""
+    known = list(scene_patches(objective, model, tok, val))
+
+    def mean_iou(threshold):
+        return torch.cat([object_ious(foreground(scores[:, :-1], threshold), masks)
+                          for scores, masks in known]).mean()
+    threshold = max((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), key=mean_iou)
+    rows = {"miou": [], "miou_objects": [], "miou_threshold": [], "patch_acc": []}
+    for scores, masks in scene_patches(objective, model, tok, scenes):
+        objects, label = scores[:, :-1], scores.argmax(1)
         rows["miou"].append(object_ious(label, masks).tolist())
-        rows["miou_objects"].append(object_ious(nearest, masks).tolist())
-        hits = patch_hits(label, patch_coverage(masks, model.visual.grid))
-        rows["patch_acc"].append(hits.tolist())
+        rows["miou_objects"].append(object_ious(objects.argmax(1), masks).tolist())
+        rows["miou_threshold"].append(object_ious(foreground(objects, threshold), masks).tolist())
+        cover = patch_coverage(masks, model.visual.grid)
+        rows["patch_acc"].append(patch_hits(label, cover).tolist())
     return rows
 
 
@@ -566,53 +619,47 @@ def drop_rows(args, V, T, M, owner, texts=500):
 
 
 def scene_pairs(objective, model, tok, scenes):
-    """Scenes -> features v, V, t, T, M of pictures and captions; similarities of pictures with
-    texts; {R@k: rows}; [[hit] of each that has a swapped caption]. A tie is a failure."""
+    """Scenes -> features v, V, t, T, M; similarities (B,C); {R@k: rows}; [[hit] of each swap]."""
     images = encode_images(model, [s["image"] for s in scenes])
     features = *images, *encode_texts(model, tok, [s["caption"] for s in scenes])
     both = similarities(objective, *features)
     recalls = retrieval_hits(*both, torch.arange(len(scenes), device=both[0].device))
     some = [i for i, s in enumerate(scenes) if s["swapped"]]
-    swapped = encode_texts(model, tok, [scenes[i]["swapped"] for i in some])
-    v, V, *texts = (x[some] for x in features)
-    hits = group_scores(objective, 1, v, V, *texts) > group_scores(objective, 1, v, V, *swapped)
-    return features, both[0], recalls, hits.flatten(1).tolist()
+    texts = flat((scenes[i]["caption"], scenes[i]["swapped"]) for i in some)
+    v, V = (x[some] for x in images)
+    swaps = group_hits(objective, v, V, *encode_texts(model, tok, texts), 1, 2)
+    return features, both[0], recalls, swaps
 
 
-def scene_counts(objective, model, tok, n, seed):
-    """Pictures of 1 to 4 things of a scene, and texts that name them: does the text of the right
-    number score highest of the four? Chance 25; a tie is a failure. -> [[4 hits] of each scene]"""
-    scenes = Scenes(n // 4, seed, model.config["image_size"], "test", (4, 4), unique=False)
+def scene_counts(objective, model, tok, n):
+    """Pictures of a scene's first 1 to 4 things, texts that name them -> [[4 hits] of a scene]."""
+    scenes = Scenes(n // 4, 0, model.config["image_size"], "test", (4, 4), unique=False)
     specs = [spec | {"things": spec["things"][:k]}
              for spec in map(scenes.spec, range(n // 4)) for k in (1, 2, 3, 4)]
     texts = [" and ".join(join(scenes.phrase(thing, 0)) for thing in spec["things"])
              for spec in specs]
     images = encode_images(model, [scenes.draw(spec) for spec in specs])
-    s = group_scores(objective, 4, *images, *encode_texts(model, tok, texts))  # (n / 4, 4, 4)
-    others = s.masked_fill(torch.eye(4, dtype=torch.bool, device=s.device), -torch.inf).amax(2)
-    return (s.diagonal(dim1=1, dim2=2) > others).tolist()
+    return group_hits(objective, *images, *encode_texts(model, tok, texts), 4, 4)
 
 
-def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
+def on_scenes(model, tok, args, n=1000):
     """Every metric on n test scenes -> the dict of metrics.json. args: of load_run."""
     objective, size = OBJECTIVES[args.loss], model.config["image_size"]
-    splits = [Scenes(n, seed, size, split) for split in ("test", "composition")]
-    scenes, others = (list(tqdm(x, f"drawing {x.split} scenes", disable=not progress, leave=False))
-                      for x in splits)
+    scenes, others = (list(Scenes(n, 0, size, split)) for split in ("test", "composition"))
     (v, V, t, T, M), s_i2t, recalls, swaps = scene_pairs(objective, model, tok, scenes)
     _, _, unseen, unseen_swaps = scene_pairs(objective, model, tok, others)
     words = [[word.text for word in s["words"]] for s in scenes]
     telling = [[word.text for word in s["words"] if word.kind] for s in scenes]
-    own = list(map(set, words))
+    own, val = list(map(set, words)), Scenes(min(n, 300), 0, size, "val")
     out = {"retrieval": recalls,
-           "classification": scene_classes(objective, model, tok, n, seed),
-           "segmentation": scene_segmentation(objective, model, tok, scenes, V),
+           "classification": scene_classes(objective, model, tok, n),
+           "segmentation": scene_segmentation(objective, model, tok, scenes, val),
            "alignment": scene_alignment(objective, tok, scenes, model.visual.grid, V, T, M),
            "faithfulness": {"k_p": k_precision(s_i2t, words, own),
                             "k_pna": k_precision(s_i2t, telling, own)},
            "composition": {"swap_acc": swaps, "unseen_swap_acc": unseen_swaps,
                            "unseen_i2t_r1": unseen["i2t_r1"], "unseen_t2i_r1": unseen["t2i_r1"],
-                           "count_acc": scene_counts(objective, model, tok, n, seed)}}
+                           "count_acc": scene_counts(objective, model, tok, n)}}
     out["alignment"] |= drop_rows(args, V, T, M, torch.arange(n))
     if objective.local:
         options, scale = loss_options(args), model.logit_scale.exp()
@@ -621,9 +668,9 @@ def on_scenes(model, tok, args, n=1000, seed=0, progress=True):
     return report(out)
 
 
-def encode_pairs(model, data, progress=True):
-    """Pairs -> v (B,D), V (B,P,D) of what can be read, its numbers, [BadRow]. Else UserError."""
-    features, numbers, bad, size = [], [], [], model.config["image_size"]
+def encode_pairs(model, tok, data, progress=True):
+    """Pairs -> v, V, t, T, M of good pictures, their numbers; the bad go to data.bad. UserError."""
+    features, numbers, size = [], [], model.config["image_size"]
     for first in tqdm(range(0, len(data), 100), "pictures", disable=not progress, leave=False):
         crops = []
         for i in range(len(data))[first:first + 100]:
@@ -631,12 +678,13 @@ def encode_pairs(model, data, progress=True):
                 crops.append(center_crop(data.open(i, size), size))
                 numbers.append(i)
             except BadRow as e:
-                bad.append(e)
+                data.bad.append(e)
         if crops:
             features.append(encode_images(model, crops))
     if not features:
-        raise UserError(f"no picture can be read; the first: {bad[0]}")
-    return *map(torch.cat, zip(*features)), numbers, bad
+        raise UserError(f"no picture can be read; the first: {data.bad[0]}")
+    texts = encode_texts(model, tok, flat(data.captions[i] for i in numbers))
+    return *map(torch.cat, zip(*features)), *texts, numbers
 
 
 FUNCTION_WORDS = set(
@@ -654,59 +702,58 @@ def content_words(words):
 
 
 def pair_features(model, tok, data, file=None, progress=True):
-    """Pairs -> v, V of its pictures, t, T, M of their captions, the pictures' numbers, [BadRow].
-    file: an .npz of these, read if it is there, else written. UserError: it is no such file."""
-    if file:  # of this model and this data
-        sums = [x.double().sum().item() for x in model.state_dict().values()]
-        mark = f"{data.fingerprint()} {hashlib.sha256(repr(sums).encode()).hexdigest()}"
-    if file and os.path.exists(file):
+    """What encode_pairs gives, read from an .npz file if it is there, or else kept in it."""
+    if not file:
+        return encode_pairs(model, tok, data, progress)
+    sums = [x.double().sum().item() for x in model.state_dict().values()]
+    mark = f"{data.fingerprint()} {sums}"  # of this data and this model
+    if os.path.exists(file):
         try:
             saved = dict(np.load(file))
         except Exception as e:  # numpy raises many kinds on a damaged file
             raise UserError(f"can't read --features {file} ({first_line(e)}): delete it") from None
         if str(saved.get("mark")) != mark:
             raise UserError(f"--features {file} is of another model or other data: name another")
+        data.bad = [BadRow(*row) for row in saved["bad"]]
         found = [torch.from_numpy(saved[name]).to(model.logit_scale.device) for name in "vVtTM"]
-        return *found, saved["numbers"].tolist(), [BadRow(*row) for row in saved["bad"]]
-    v, V, numbers, bad = encode_pairs(model, data, progress)
-    texts = encode_texts(model, tok, flat(data.captions[i] for i in numbers))
+        return *found, saved["numbers"].tolist()
+    found = encode_pairs(model, tok, data, progress)
+    arrays = {name: x.cpu() for name, x in zip("vVtTM", found)}
+    bad = [e.args for e in data.bad]
 
     def save(path):
-        arrays = {name: x.cpu().numpy() for name, x in zip("vVtTM", (v, V, *texts))}
         with open(path, "wb") as f:  # to a name savez would add .npz
-            np.savez(f, mark=mark, numbers=numbers, bad=[e.args for e in bad], **arrays)
-    if file:
-        write(file, save)
-    return v, V, *texts, numbers, bad
+            np.savez(f, mark=mark, numbers=found[-1], bad=bad, **arrays)
+    write(file, save)
+    return found
 
 
 def on_pairs(model, tok, args, data, progress=True, features=None, prompts=PROMPT):
     """Retrieval on Pairs: every picture, every caption; classification of class folders."""
     objective, prompts = OBJECTIVES[args.loss], read_prompts(prompts, data.classes)
-    v, V, t, T, M, kept, bad = pair_features(model, tok, data, features, progress)
-    owner = [b for b, i in enumerate(kept) for _ in data.captions[i]]
+    v, V, t, T, M, kept = pair_features(model, tok, data, features, progress)
+    owner = torch.tensor([b for b, i in enumerate(kept) for _ in data.captions[i]], device=v.device)
     texts = [clean(text) for i in kept for text in data.captions[i]]
-    owner, both = torch.tensor(owner, device=v.device), similarities(objective, v, V, t, T, M)
     numbers = {text: n for n, text in enumerate(dict.fromkeys(texts))}
     number = torch.tensor([numbers[text] for text in texts])
     words = [[w for w in tok.words.findall(text) if w[0].isalnum()] for text in texts]
     own = [set() for _ in kept]
     for b, some in zip(owner.tolist(), words):
         own[b].update(some)
-    out = {"retrieval": retrieval_hits(*both, owner, number),
-           "faithfulness": {"k_p": k_precision(both[0], words, own),
-                            "k_pna": k_precision(both[0], [*map(content_words, words)], own)},
+    s_i2t, s_t2i = similarities(objective, v, V, t, T, M)
+    out = {"retrieval": retrieval_hits(s_i2t, s_t2i, owner, number),
+           "faithfulness": {"k_p": k_precision(s_i2t, words, own),
+                            "k_pna": k_precision(s_i2t, [*map(content_words, words)], own)},
            "alignment": drop_rows(args, V, T, M, owner)}
     if data.classes:
         out["classification"] = folder_classes(objective, model, tok, data, kept, v, V, prompts)
-    repeated = sum(n for n in collections.Counter(texts).values() if n > 1)
+    repeated = int((number.bincount()[number] > 1).sum())
     if repeated:
         print(f"note: {repeated:,} of {len(texts):,} texts repeat: equal ones count as one")
-    bad = [*data.bad, *bad]
-    if bad:
-        print(f"note: {len(bad):,} rows are left out; the first: {bad[0]}")
+    if data.bad:
+        print(f"note: {len(data.bad):,} rows are left out; the first: {data.bad[0]}")
     about = {"pictures": len(v), "texts": len(texts), "texts_that_repeat": repeated,
-             "rows_left_out": len(bad), "k_pna": "nouns and adjectives by content_words' rule"}
+             "rows_left_out": len(data.bad), "k_pna": "nouns and adjectives by content_words' rule"}
     return report(out) | {"about": about}
 
 
@@ -716,12 +763,10 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None
     "scenes", n of them; or None: as trained. features, prompts: see pair_features, read_prompts."""
     model, tok, args = load_run(folder, device)
     if not data:
-        data, images = own_data(args)
-    if not data:
-        raise UserError(f"{folder} was trained on {args.data}: name the pictures, --data PATH")
+        data, images = own_data(folder, args)
     if data == "scenes":
         read_prompts(prompts, None)  # refuses any
-        metrics = on_scenes(model, tok, args, n, progress=progress)
+        metrics = on_scenes(model, tok, args, n)
     else:
         pairs = open_dataset(data, images=images)
         metrics = on_pairs(model, tok, args, pairs, progress, features, prompts)
@@ -735,13 +780,14 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None
 def seeds(runs):
     """{name: metrics} -> {name: [metrics of each seed]}. Seeds: runs of one loss, model and length
     whose names differ in the number at the end alone, as sparc-0 and sparc-1 do."""
-    groups = collections.defaultdict(dict)
+    groups, out = collections.defaultdict(list), {}
     for name, metrics in runs.items():
-        about = metrics["about"]
-        alike = re.sub(r"-\d+$", "", name), about["loss"], about["model"], about["step"]
-        groups[alike][name] = metrics
-    return {f"{alike[0]} ({len(found)} seeds)" if len(found) > 1 else min(found): [*found.values()]
-            for alike, found in groups.items()}
+        about, start = metrics["about"], re.sub(r"-\d+$", "", name)
+        groups[start, about["loss"], about["model"], about["step"]].append(name)
+    for (start, *_), names in groups.items():
+        name = names[0] if len(names) == 1 else f"{start} ({len(names)} seeds)"
+        out[name] = [runs[seed] for seed in names]
+    return out
 
 
 def cell(found, group, key):
@@ -750,11 +796,11 @@ def cell(found, group, key):
     values = [m[group][key] for m in found if key in m.get(group, {})]
     if not values:
         return "-"
+    text, around = f"{statistics.mean(values):.{digits}f}", found[0].get("interval", {})
     if len(values) > 1:
-        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-    text, around = f"{values[0]:.{digits}f}", found[0].get("interval", {}).get(f"{group} {key}")
-    if around:
-        text += f" ({around[0]:.{digits}f}-{around[1]:.{digits}f})"
+        return f"{text} ± {statistics.stdev(values):.{digits}f}"
+    if f"{group} {key}" in around:
+        text += " ({:.{d}f}-{:.{d}f})".format(*around[f"{group} {key}"], d=digits)
     return text
 
 
@@ -778,8 +824,8 @@ def table(runs):
 
 # -------------------- what a step costs: SPARC's Table 12 (SPARC D.6), FILIP's Table 5
 def late_flops(pairs, P, L, D):
-    """Of the products of P patches with L words of so many pairs, forward and backward. Choosing
-    tokens costs a device 2/3 of it for its own pairs: patches, then words, forward alone."""
+    """Products of P patches with L words of so many pairs, forward and backward. Choosing tokens
+    costs a device 2/3 of it for its own pairs: patches, then words, forward alone."""
     return 6 * pairs * P * L * D
 
 
@@ -861,14 +907,14 @@ def filip_flops(D, keep, b=512, devices=8, P=49, L=77):
 
 
 def filip_table(b=512, devices=8, P=49, L=77):
-    """FILIP's Table 5 (ViT-B/32) beside the model, as text: time over CLIP's, operations, as shares
-    of the full cost *; what a device receives; the memory of all similarities at once. The paper's
-    12 GB over CLIP can't hold the first row's 60: it must have worked in parts."""
+    """FILIP's Table 5 (ViT-B/32) beside the model, as text: time over CLIP's and operations, as
+    shares of the full cost *; MB. The paper's 12 GB over CLIP can't hold the first row's 60 of all
+    similarities: it must have worked in parts."""
     seconds0, mb0 = TABLE_5_CLIP
     lines = [f"{'share of the full cost *':24}{'paper':>7}{'model':>7}{'ratio':>7}{'TFLOP':>8}"
              f"{'MB received':>13}{'MB all at once':>16}{'MB over CLIP (paper)':>22}"]
     for D, size, keep, seconds, mb in TABLE_5:
-        kI, kT, cost = int(keep * P), int(keep * L), filip_flops(D, keep, b, devices, P, L)
+        kI, kT, cost = int(keep * P), int(keep * L), filip_flops(D, keep)
         paper = (seconds - seconds0) / (TABLE_5[2][3] - seconds0)  # the third row: full cost *
         model = cost / filip_flops(256, 1.0)
         received = b * (devices - 1) * (kI + kT) * D * size / 2 ** 20
@@ -881,29 +927,29 @@ def filip_table(b=512, devices=8, P=49, L=77):
 
 def main():
     ap = argparse.ArgumentParser(description="Evaluate runs: print a table, write metrics.json.")
-    ap.add_argument("runs", nargs="+", metavar="RUN", help="run folders, such as runs/sparc; files "
-                    "of OpenAI CLIP's weights; or the word cost, for the papers' costs")
-    ap.add_argument("--data", help="scenes, or as train.py --data (default: what the run is for)")
-    ap.add_argument("--images", help="the folder of the pictures that a JSON file names")
-    ap.add_argument("--prompts", default=PROMPT, help="classify class folders with this template, "
-                    f"with a file of them, or with FILIP's for {', '.join(TABLE_11)}")
-    ap.add_argument("--n", type=int, default=1000, help="number of test scenes")
-    ap.add_argument("--features", metavar="FILE.npz",
-                    help="of one run, on files: keep the features there, or search them again")
-    ap.add_argument("--json", action="store_true", help="print all metrics as JSON")
-    ap.add_argument("--markdown", action="store_true", help="print the table for a README")
-    ap.add_argument("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
+    add = ap.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folders, such as runs/sparc; files of OpenAI "
+        "CLIP's weights; or the word cost, for the papers' costs")
+    add("--data", help="scenes, or as train.py --data (default: what the run is for)")
+    add("--images", help="the folder of the pictures that a JSON file names")
+    add("--prompts", default=PROMPT, help="classify class folders with this template, a file of "
+        f"them, or FILIP's for {', '.join(TABLE_11)}")
+    add("--n", type=int, default=1000, help="number of test scenes")
+    add("--features", metavar="FILE.npz", help="of one run, on files: keep or reuse the features")
+    add("--json", action="store_true", help="print all metrics as JSON")
+    add("--markdown", action="store_true", help="print the table for a README")
+    add("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
     args = ap.parse_args()
     if args.runs == ["cost"]:
         return print(cost_table(), filip_table(), sep="\n\n")
     if args.n < 10:
         raise UserError(f"--n {args.n}: at least 10 scenes are needed")
-    device = pick_device(args.device)
     if args.features and (len(args.runs) > 1 or args.data in (None, "scenes")):
         raise UserError("--features is for one run on files: name one RUN, and --data PATH")
-    given = args.data, args.n, device, True, args.images, args.features, args.prompts
+    given = {"data": args.data, "n": args.n, "device": pick_device(args.device),
+             "images": args.images, "features": args.features, "prompts": args.prompts}
     with contextlib.redirect_stdout(sys.stderr):  # notes
-        runs = {name: evaluate(run, *given) for name, run in zip(run_names(args.runs), args.runs)}
+        runs = {name: evaluate(run, **given) for name, run in zip(run_names(args.runs), args.runs)}
     if args.json:
         return print(json.dumps(runs, indent=1))
     text = table(seeds(runs))

@@ -13,19 +13,18 @@ Letters, here and in every einsum:
     M (C,L) bool mask of the texts, True up to and including the first end-of-text token
 Nothing has to be normalised by the caller. scale = exp(logit_scale) = 1 / temperature.
 
-Many processes: each compares its own rows with the columns of all. The mean of their losses is the
-loss of the whole batch. The mean of their gradients, which DistributedDataParallel takes, is its
-gradient.
+Many processes: each compares its own rows with the columns of all. The means of their losses and of
+their gradients, which DistributedDataParallel takes, are those of the whole batch.
 
 Differs from the papers:
-- SPARC's eq. 4: a word for which all patches are alike gets weights 1/P. The paper's text says so;
-  its formula is 0/0 there.
+- SPARC's eq. 4 is 0/0 for a word to which all patches are alike. It gets weights 1/P, as the
+  paper's text says.
 - SPARC's eq. 6 is printed as a mean over each text's tokens, then over texts: per_text=True. The
   pseudo-code of appendix C takes one mean over all tokens of the batch: the default.
 - FILIP 3.1.1 does not say how many tokens 25% of a short text are: here a share of its own real
   tokens, at least one. SPARC's copy of FILIP reduces one side of each product: one_sided=True.
-- PACL, GLoRIA and MGCA are SPARC's versions: trained from scratch, learned temperatures. What was
-  read is SPARC's text and GLoRIA's and MGCA's public code; each docstring says what it changes.
+- PACL, GLoRIA and MGCA are SPARC's versions, from its text and GLoRIA's and MGCA's public code:
+  trained from scratch, learned temperatures. Each docstring says what it changes.
 - Every scale is learned, and the caller keeps it below 100.
 """
 import argparse
@@ -188,8 +187,8 @@ def gather_texts(T, M, dtype=None):
     if world() > 1:
         longest = torch.tensor(T.shape[1], device=T.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
-        T, M = (F.pad(x.mT, (0, int(longest) - len(x[0]))).mT for x in (T, M[..., None]))
-        T, M = gather(T, dtype), gather(M[..., 0].byte()).bool()
+        T = gather(F.pad(T, (0, 0, 0, int(longest) - T.shape[1])), dtype)
+        M = gather(F.pad(M.byte(), (0, int(longest) - M.shape[1]))).bool()
     return T, M
 
 
@@ -224,8 +223,6 @@ def soft_clip_loss(x, y, scale, alpha=0.2):
     alpha: how soft; 0 gives clip_loss. As printed, a row of targets sums to 1 + alpha / (N - 1)."""
     x, y = unit(x), unit(y)
     N = world() * len(x)
-    if N == 1:
-        alpha = 0                                               # no negative to give a share to
     hard = F.one_hot(labels(x), N).to(x.dtype)                  # (b, N)
     target = (1 - alpha) * hard + alpha / max(1, N - 1)         # PyramidCLIP eq. 2
     loss = 0
@@ -275,9 +272,7 @@ def attended_cosine(a, s, V):
 
 @full_precision
 def pacl_similarity(V, t):
-    """V (B,P,D), t (C,D) -> (B,C). PACL: patches pooled by their cosine with the text.
-
-    So each text sees a picture of its own. Some copies pool with a picture's own caption only."""
+    """V (B,P,D), t (C,D) -> (B,C). PACL: patches pooled by their cosine with each of the texts."""
     def similarity(V, t):
         s = torch.einsum("bpd,cd->bcp", V, t)                   # (B, C, P)
         return attended_cosine(s.softmax(2), s, V)
@@ -292,8 +287,7 @@ def pacl_loss(V, t, scale, gather_dtype=None):
     t_to_v = v_to_t.T
     if world() > 1:
         t_to_v = pacl_similarity(gather(V, gather_dtype), t).T  # my texts, all pictures (b, B)
-    with torch.autocast(V.device.type, enabled=False):
-        return info_nce(scale * v_to_t, scale * t_to_v)
+    return info_nce(scale * v_to_t, scale * t_to_v)
 
 
 # ----------------------------------------------------------------------------------------- GLoRIA
@@ -331,8 +325,7 @@ def gloria_loss(v, t, V, T, M, scale, scale_local, gather_dtype=None):
     if world() > 1:
         t_to_v = gloria_similarity(gather(V, gather_dtype), T, M).T        # (b, B)
     global_part = clip_loss(v, t, scale)
-    with torch.autocast(V.device.type, enabled=False):
-        local_part = info_nce(scale_local * v_to_t, scale_local * t_to_v)
+    local_part = info_nce(scale_local * v_to_t, scale_local * t_to_v)
     return {"loss": global_part + local_part, "global": global_part, "local": local_part}
 
 
@@ -607,8 +600,7 @@ def defined(statement):
 def cut_out(name, plain=False):
     """The source of `name`, a function, class or objective of this file, and of all that it needs.
 
-    plain: without fast paths, which are the lines marked "# faster". Raises KeyError if unknown.
-    """
+    plain: without fast paths, which are the lines marked "# faster". Raises KeyError if unknown."""
     with open(__file__, encoding="utf-8") as file:
         lines = file.read().splitlines()
     if plain:

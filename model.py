@@ -6,28 +6,26 @@
 
 Papers: FILIP 3.1, A.2, Table 7; PyramidCLIP 3.1, 3.3, A.2, Figure 6; SPARC 2, D.1, D.3, D.7.
 Parameter names are OpenAI CLIP's: load_openai(path) reads its weights, and its code reads ours.
-    encode_image(images (B, 3, H, W))           -> v (B, D) pictures,  V (B, P, D) their patches
-    encode_text(ids (C, L), mask (C, L))        -> t (C, D) texts,     T (C, L, D) their tokens
-    encode_regions(R (B, N, 2052), mask (B, N)) -> v_r (B, D) pictures as a detector sees them
-The losses normalise them, in fp32. B images, C texts, P patches, L positions of a text, D dimension
-of the shared space, w width of a tower, R regions. Parts of both towers: B sequences of N positions
 
-pool="cls" (CLIP, FILIP, PyramidCLIP): the picture is a [CLS] token in front of the patches, the
-    text is the feature at EOT. The text tower is causal.
+v, V are a picture and its patches, t, T a text and its tokens, v_r a picture as a detector sees it.
+B images, C texts, P patches, L positions of a text, R regions, D dimension of the shared space,
+w width of a tower. Parts of both towers: B sequences of N positions.
+pool="cls" (CLIP, FILIP, PyramidCLIP): v is of a [CLS] token in front of the patches, t of EOT. The
+    text tower is causal.
 pool="mean" (SPARC): v = g_v(h_v(mean of f_v)), t = g_t(mean of f_t over real tokens). Not causal.
 
 What differs from the papers:
-SPARC. h_v is "a single non-linear layer": here linear and GELU. The paper does not say whether its
-    text tower is causal: here it is not, unless causal=True. The pseudo-code (Appendix C) leaves
-    h_v out and averages padding too: we follow the text, which does neither. The "standard" ViT
-    gets two parts of CLIP's: ln_pre, a norm before the blocks, and patch embedding without bias.
-PyramidCLIP. As its released model, which has more than the paper: BatchNorm and activation after
-    each of LeFF's layers, and a norm on regions (ln_pre in a ViT, LayerNorm in a ResNet). Before
-    the regions stands the picture's class token (ViT) or their mean (ResNet), not a random vector.
-    Our own: padding among the regions is masked, and both crops pass BatchNorm at once.
+SPARC. h_v is "a single non-linear layer": here linear and GELU. The paper does not say whether the
+    text tower is causal: here it is not. Appendix C leaves h_v out and averages padding too: here,
+    as in section 2, neither. From CLIP's ViT come ln_pre and patch embedding without bias.
+PyramidCLIP. As its released model: BatchNorm and activation after each of LeFF's layers; a norm on
+    regions (ln_pre in a ViT, LayerNorm in a ResNet); before the regions the picture's class token
+    (ViT) or their mean (ResNet), not a random vector. Ours: padding among regions is masked, and
+    both crops pass BatchNorm at once.
 FILIP. A.2 fine-tunes with larger images and does not say how positions follow: here bicubic.
-PACL, which SPARC compares with: e_v is written from others' descriptions, not from PACL's paper.
-`tiny` is ours: two layers of SPARC's towers, for CPUs and the built-in scenes.
+PACL. e_v is written from others' descriptions, not from PACL's paper.
+`tiny` and `small` are ours, for CPUs. tiny: two layers of SPARC's towers, for the built-in scenes.
+    small: a small ResNet under SPARC's pooling, for some thousand photos, too few for a ViT.
 """
 import argparse, gzip, heapq, html, math, os, pickle, zipfile
 from collections import Counter, OrderedDict, defaultdict
@@ -63,8 +61,7 @@ def pick_device(name="auto"):
     if name == "auto":
         return "cuda" if cuda else "cpu"
     if not {"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}[name]:
-        raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such GPU; "
-                        f"use --device cpu, or install a PyTorch built for the GPU")
+        raise UserError(f"--device {name}: this PyTorch finds no such GPU; use --device cpu")
     return name
 
 
@@ -85,6 +82,7 @@ class Config(NamedTuple):
     act: str                         # "gelu" or "quickgelu"
     causal: bool = None              # tokens see only what is before them; None: if pool is "cls"
     patches_through_h: bool = False  # patches pass h_v in training too; SPARC: to segment only
+    stem: tuple = ()                 # convolutions before a ViT: the blocks in each stage
     leff: int = 0                    # PyramidCLIP's L_s: so many blocks, from the first, have LeFF
     front: int = None                # regions enter behind so many blocks; None: behind leff
     regions: int = 0                 # the size of one region's features; 0: the model takes none
@@ -95,27 +93,30 @@ B32 = dict(image_size=224, patch_size=32, vision_width=768, vision_layers=12, vi
 B16 = B32 | dict(patch_size=16)
 L14 = B32 | dict(patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16)
 RN50 = B32 | dict(vision_width=64, vision_layers=(3, 4, 6, 3), vision_heads=32)
-TEXT = dict(vocab_size=49408, context_length=77, text_width=512, text_layers=12, text_heads=8,
-            pool="cls", act="quickgelu")
-TEXT_L = TEXT | dict(text_width=768, text_heads=12)
+TEXT = dict(embed_dim=512, vocab_size=49408, context_length=77, text_width=512, text_layers=12,
+            text_heads=8, pool="cls", act="quickgelu")
+TEXT_L = TEXT | dict(embed_dim=768, text_width=768, text_heads=12)
 SPARC = dict(embed_dim=512, vocab_size=32000, context_length=55, text_width=768, text_layers=12,
              text_heads=12, pool="mean", act="gelu")
 CONFIGS = {
     "tiny": SPARC | dict(image_size=56, patch_size=8, vision_width=128, vision_layers=2,
                          vision_heads=2, embed_dim=128, vocab_size=618, context_length=32,
                          text_width=128, text_layers=2, text_heads=2),
+    "small": SPARC | dict(image_size=112, patch_size=16, stem=(2, 2, 2), vision_width=128,
+                          vision_layers=0, vision_heads=2, embed_dim=128, vocab_size=4000,
+                          context_length=48, text_width=192, text_layers=2, text_heads=3),
     "RN50": RN50 | TEXT | dict(embed_dim=1024),
-    "ViT-B/32": B32 | TEXT | dict(embed_dim=512),
-    "ViT-B/16": B16 | TEXT | dict(embed_dim=512),
-    "ViT-L/14": L14 | TEXT_L | dict(embed_dim=768),
+    "ViT-B/32": B32 | TEXT,
+    "ViT-B/16": B16 | TEXT,
+    "ViT-L/14": L14 | TEXT_L,
     "FILIP-base": B32 | TEXT | dict(embed_dim=256),
     "FILIP-large": L14 | TEXT_L | dict(embed_dim=256),
     "SPARC-ViT-B/32": B32 | SPARC,
     "SPARC-ViT-B/16": B16 | SPARC,
     "SPARC-ViT-L/14": L14 | SPARC,
     "PyramidCLIP-RN50": RN50 | TEXT | dict(embed_dim=1024, regions=2052),
-    "PyramidCLIP-ViT-B/32": B32 | TEXT | dict(embed_dim=512, regions=2052, leff=9),
-    "PyramidCLIP-ViT-B/16": B16 | TEXT | dict(embed_dim=512, regions=2052, leff=9),
+    "PyramidCLIP-ViT-B/32": B32 | TEXT | dict(regions=2052, leff=9),
+    "PyramidCLIP-ViT-B/16": B16 | TEXT | dict(regions=2052, leff=9),
 }
 
 
@@ -142,10 +143,9 @@ def unpack(x, rows, shape):
     return x.new_zeros(shape.numel(), x.shape[-1]).index_copy(0, rows, x).view(*shape, -1)
 
 
-def attend(q, k, v, seen=None, short=256):
-    """q, k, v (B, heads, N, w / heads), seen as in Attention -> as q.
-    On CPUs, sequences of up to `short` positions have a faster backward written out."""
-    if q.device.type != "cpu" or q.shape[-2] > short:
+def attend(q, k, v, seen=None):
+    """q, k, v (B, heads, N, w / heads), seen as in Attention -> as q."""
+    if q.device.type != "cpu" or q.shape[-2] > 256:             # below: a faster backward on CPUs
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                      # (B, heads, N, N)
     if seen is not None:
@@ -228,6 +228,37 @@ class Transformer(nn.Module):
 
 
 # -------------------------------------------------------------------------------- the image towers
+class Residual(nn.Module):
+    """Two 3x3 convolutions and a shortcut. A stride is that of the first, and an average pooling in
+    the shortcut."""
+    def __init__(self, inside, w, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inside, w, 3, stride, 1, bias=False), nn.BatchNorm2d(w)
+        self.conv2, self.bn2 = nn.Conv2d(w, w, 3, 1, 1, bias=False), nn.BatchNorm2d(w)
+        self.downsample = nn.Sequential()
+        if stride > 1:
+            self.downsample.extend([nn.AvgPool2d(stride), nn.Conv2d(inside, w, 1, bias=False),
+                                    nn.BatchNorm2d(w)])
+        nn.init.zeros_(self.bn2.weight)                                    # starts as its shortcut
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+def conv_stem(stages, width):
+    """(B, 3, H, W) -> (B, width, H / s, W / s), s = 2 ** (1 + the number of stages). A small ResNet
+    in place of one linear map of each patch; stages: see Config.stem."""
+    inside = width >> len(stages) - 1
+    layers = [nn.Conv2d(3, inside, 3, 2, 1, bias=False), nn.BatchNorm2d(inside), nn.ReLU()]
+    for n, blocks in enumerate(stages):
+        w = width >> len(stages) - 1 - n                                   # twice the stage before
+        layers.append(Residual(inside, w, 2))
+        layers += [Residual(w, w, 1) for _ in range(blocks - 1)]
+        inside = w
+    return nn.Sequential(*layers)
+
+
 class VisionTransformer(nn.Module):
     """The encoder f_v with its pooling and its adapter g_v. c: a Config."""
     def __init__(self, c):
@@ -236,7 +267,10 @@ class VisionTransformer(nn.Module):
         self.pool, self.patch_size, self.embedder = c.pool, c.patch_size, c.embedder
         self.grid = c.image_size // c.patch_size                           # P = grid x grid
         self.front = c.leff if c.front is None else c.front                # blocks in f1
-        self.conv1 = nn.Conv2d(3, w, c.patch_size, c.patch_size, bias=False)
+        if c.stem:
+            self.stem = conv_stem(c.stem, w)
+        else:
+            self.conv1 = nn.Conv2d(3, w, c.patch_size, c.patch_size, bias=False)
         if c.pool == "cls":
             self.class_embedding = nn.Parameter(std * torch.randn(w))
         else:
@@ -260,11 +294,18 @@ class VisionTransformer(nn.Module):
             return self.e_v["skip"](f) + self.e_v["main"](f)
         return f @ self.proj
 
+    def patches(self, images):
+        """images (B, 3, H, W) -> (B, P, w), by the stem, or each patch by a linear map: conv1."""
+        if hasattr(self, "stem"):
+            x = self.stem(images.contiguous(memory_format=torch.channels_last))
+            return x.flatten(2).transpose(1, 2)
+        s = self.patch_size
+        x = images.unfold(2, s, s).unfold(3, s, s).permute(0, 2, 3, 1, 4, 5)
+        return F.linear(x.reshape(len(x), -1, 3 * s * s), self.conv1.weight.flatten(1))
+
     def forward(self, images, patches_through_h=False):
         """images (B, 3, H, W) -> v (B, D), V (B, P, D)."""
-        s = self.patch_size
-        x = images.unfold(2, s, s).unfold(3, s, s).permute(0, 2, 3, 1, 4, 5)             # patches
-        x = F.linear(x.reshape(len(x), -1, 3 * s * s), self.conv1.weight.flatten(1))     # (B, P, w)
+        x = self.patches(images)                                           # (B, P, w)
         if self.pool == "cls":
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
         f = self.ln_post(self.transformer(self.ln_pre(x + self.positional_embedding)))
@@ -296,7 +337,7 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(w, 4 * w, 1, bias=False), nn.BatchNorm2d(4 * w)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = nn.Sequential()
-        if stride > 1 or inside != 4 * w:
+        if inside != 4 * w:
             self.downsample.extend([nn.Conv2d(inside, 4 * w, 1, bias=False), nn.BatchNorm2d(4 * w)])
         nn.init.zeros_(self.bn3.weight)                                    # starts as its shortcut
 
@@ -321,7 +362,7 @@ class AttentionPool(nn.Module):
         """x (B, 1 + cells, w), seen as in Attention -> (B, 1 + cells, D)"""
         layers = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = [layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in layers]
-        return self.c_proj(attend(q, k, v, seen, short=0).transpose(1, 2).flatten(2))
+        return self.c_proj(attend(q, k, v, seen).transpose(1, 2).flatten(2))
 
 
 class ModifiedResNet(nn.Module):
@@ -372,7 +413,7 @@ class CLIP(nn.Module):
         self.config = c._asdict()
         self.pool, self.causal, self.context_length = c.pool, c.causal, c.context_length
         self.patches_through_h = c.patches_through_h
-        resnet = isinstance(c.vision_layers, (tuple, list))
+        resnet = isinstance(c.vision_layers, tuple)
         self.visual = ModifiedResNet(c) if resnet else VisionTransformer(c)
         w, layers = c.text_width, c.text_layers
         self.token_embedding = nn.Embedding(c.vocab_size, w)
@@ -381,17 +422,15 @@ class CLIP(nn.Module):
         self.ln_final = LayerNorm(w)
         self.text_projection = nn.Parameter(torch.empty(w, c.embed_dim))   # g_t
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.initialize_text(w, layers)
-
-    def initialize_text(self, w, layers):
-        """As OpenAI does. The image blocks keep PyTorch's defaults."""
+        # The text tower starts as OpenAI's; the image blocks keep PyTorch's defaults
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
+        deep = w ** -0.5 * (2 * layers) ** -0.5
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=w ** -0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=w ** -0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=deep)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * w) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=w ** -0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=deep)
         nn.init.normal_(self.text_projection, std=w ** -0.5)
 
     def encode_image(self, images, patches_through_h=None):
@@ -399,18 +438,17 @@ class CLIP(nn.Module):
         patches_through_h: V passes h_v too, as to segment (SPARC D.7); None: the model's own."""
         s = self.config["image_size"]
         if images.shape[1:] != (3, s, s):
-            raise UserError(f"this model takes images (B, 3, {s}, {s}), not "
-                            f"{tuple(images.shape)}: see data.center_crop")
-        own = patches_through_h is None
-        return self.visual(images, self.patches_through_h if own else patches_through_h)
+            raise UserError(f"give images (B, 3, {s}, {s}), not {tuple(images.shape)}")
+        if patches_through_h is None:
+            patches_through_h = self.patches_through_h
+        return self.visual(images, patches_through_h)
 
     def encode_text(self, ids, mask):
         """ids (C, L) int64, mask (C, L) bool -> t (C, D), T (C, L, D), which is 0 at padding.
         The mask is True up to and including the first EOT. Raises UserError for too long texts."""
         (C, L), most = ids.shape, self.context_length
         if L > most:
-            raise UserError(f"texts of {L} tokens, but this model reads at most {most}: "
-                            f"tokenise with context_length={most}")
+            raise UserError(f"{L} tokens, a text has at most {most}: set context_length={most}")
         seen = mask[:, None, None]
         if self.causal:                         # a real token never sees the padding behind it
             seen = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()
@@ -436,19 +474,21 @@ class CLIP(nn.Module):
         """-> features: v (B, D), V (B, P, D), t (C, D), T (C, L, D), M (C, L) the mask, and
         scale = exp(logit_scale). PyramidCLIP's views add v_l of the local crop images_l (v is then
         of the global crop), v_r of regions, l_s of the summary, l_a of the objects' names."""
-        B, (C, L) = len(images), ids.shape
-        v, V = self.encode_image(images if images_l is None else torch.cat([images, images_l]))
-        f = {"M": mask, "scale": self.logit_scale.exp(), "V": V[:B]}
-        f |= zip(("v", "v_l"), v.split(B))
+        if images_l is not None:
+            images = torch.cat([images, images_l])
+        v, V = self.encode_image(images)
+        t, T = self.encode_text(ids, mask)
+        B = len(ids)
+        f = {"v": v[:B], "V": V[:B], "t": t, "T": T, "M": mask, "scale": self.logit_scale.exp()}
+        if images_l is not None:
+            f["v_l"] = v[B:]
         if regions is not None:
             f["v_r"] = self.encode_regions(regions, regions_mask)
-        texts = {"t": (ids, mask), "l_s": (summary, summary_mask), "l_a": (objects, objects_mask)}
-        texts = {name: text for name, text in texts.items() if text[0] is not None}
-        longest = max(i.shape[1] for i, _ in texts.values())
-        ids = torch.cat([F.pad(i, (0, longest - i.shape[1])) for i, _ in texts.values()])
-        masks = torch.cat([F.pad(m, (0, longest - m.shape[1])) for _, m in texts.values()])
-        t, T = self.encode_text(ids, masks)                                # in one pass
-        return f | {"T": T[:C, :L]} | dict(zip(texts, t.split(C)))
+        if summary is not None:
+            f["l_s"], _ = self.encode_text(summary, summary_mask)
+        if objects is not None:
+            f["l_a"], _ = self.encode_text(objects, objects_mask)
+        return f
 
 
 @torch.no_grad()
@@ -473,18 +513,18 @@ def settle(name, named, overrides):
     if wrong and isinstance(named.vision_layers, tuple):
         raise UserError(f"{name}'s image tower is a ResNet, which has no {', '.join(wrong)} to "
                         f"choose: leave that out, or take a ViT")
-    size, patch, blocks = c.image_size, c.patch_size, c.vision_layers
-    below = size // patch * patch
-    if size % patch:
-        raise UserError(f"patches of {patch} pixels do not divide an image of {size}: "
+    if c.stem and c.patch_size != 2 << len(c.stem):
+        raise UserError(f"a stem of {len(c.stem)} stages has patches of {2 << len(c.stem)} pixels")
+    patch, rest = c.patch_size, c.image_size % c.patch_size
+    if rest:
+        below = c.image_size - rest
+        raise UserError(f"patches of {patch} pixels do not divide an image of {c.image_size}: "
                         f"try an image size of {max(patch, below)} or {below + patch}")
-    for tower, width, heads in (("vision", c.vision_width, c.vision_heads),
-                                ("text", c.text_width, c.text_heads)):
-        if heads < 1 or width % heads:
-            raise UserError(f"{heads} heads do not divide the {tower} tower's width {width}: "
-                            f"the papers have width / 64 heads")
-    if isinstance(blocks, int) and max(c.leff, c.front or 0) > blocks:
-        raise UserError(f"leff={c.leff}, front={c.front}: choose at most vision_layers={blocks}")
+    if c.vision_width % c.vision_heads or c.text_width % c.text_heads:
+        raise UserError("vision_heads or text_heads do not divide their width: choose width / 64")
+    layers = c.vision_layers
+    if isinstance(layers, int) and max(c.leff, c.front or 0) > layers:
+        raise UserError(f"leff={c.leff}, front={c.front}: choose at most vision_layers={layers}")
     if c.pool not in ("cls", "mean"):
         raise UserError(f"pool is cls or mean, not {c.pool!r}")
     if c.patches_through_h and c.pool == "cls":
@@ -493,8 +533,7 @@ def settle(name, named, overrides):
 
 
 def build(name, **overrides):
-    """A model by name. overrides replace fields of Config; those that are None do not.
-    Raises UserError for an unknown name or field, and for settings that do not fit together."""
+    """A model by name. overrides: fields of Config to replace. UserError: as settle, or unknown."""
     if name not in CONFIGS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(CONFIGS)}")
     unknown = [field for field in overrides if field not in Config._fields]
@@ -525,14 +564,14 @@ def adapt(model, **overrides):
 
 
 def export(run, out):
-    """Write a run's weights as a state dict by OpenAI's names, which load_openai, OpenAI's code and
-    open_clip read. Raises UserError for towers that such a file can't describe."""
+    """Write a run's weights as OpenAI's code reads them. UserError: it knows no such towers."""
     from eval import load_run                   # it is built on this file, so it comes late
     model, tok, _ = load_run(run)
     state = {name: x for name, x in model.state_dict().items()  # without PyramidCLIP's regions
              if not name.startswith(("visual.phi", "visual.roi_norm"))}
-    read = openai_config(state) | dict(causal=True, leff=0, embedder=False,
-                                       text_heads=model.config["text_width"] // 64)
+    read = {"stem": ()}
+    if not model.config["stem"]:
+        read |= openai_config(state) | dict(causal=True, leff=0, embedder=False)
     wrong = [f"{name}={model.config[name]}" for name in read if model.config[name] != read[name]]
     if wrong:
         raise UserError(f"{run} is not of CLIP's architecture ({', '.join(wrong)}), and OpenAI's "
@@ -571,9 +610,8 @@ def word_pattern(text):
 
 
 def find_merges(weights=None):
-    """The path of CLIP's merges file: here, beside the weights, in ~/.cache/clip, or else loaded
-    from its published address into this folder, once. UserError if that fails."""
-    cache = os.path.join(os.path.expanduser("~"), ".cache", "clip")
+    """The path of CLIP's merges file, downloaded once if it is nowhere. Raises UserError."""
+    cache = os.path.expanduser("~/.cache/clip")
     for folder in (".", os.path.dirname(weights or ""), cache):
         path = os.path.join(folder, MERGES)
         if os.path.isfile(path):
@@ -582,15 +620,14 @@ def find_merges(weights=None):
         os.makedirs(cache, exist_ok=True)
         torch.hub.download_url_to_file(MERGES_URL, path, MERGES_SHA256)
     except (OSError, RuntimeError) as e:  # no network; not the file with this hash
-        raise UserError(f"can't load CLIP's merges file from {MERGES_URL} ({e}): put it into "
-                        f"{cache} or beside the weights, or use --vocab learn:8000") from None
+        raise UserError(f"can't load {MERGES_URL} ({e}): put it into {cache} or beside the "
+                        "weights, or use --vocab learn:8000") from None
     return path
 
 
 class Tokenizer:
-    """CLIP's byte-pair encoding, for any text. The vocabulary is 256 bytes, 256 bytes that end a
-    word, one symbol for each merge, BOS, and EOT, which is always the last id.
-    merges: list of "a b" strings, the most important first."""
+    """CLIP's byte-pair encoding. merges: list of "a b" strings, the most important first. Symbols
+    are 256 bytes, 256 bytes that end a word, one for each merge, BOS, and EOT, the last id."""
     def __init__(self, merges):
         self.merges = list(merges)
         self.words = word_pattern(WORDS if len(self.merges) == 48894 else MARKED_WORDS)
@@ -612,11 +649,11 @@ class Tokenizer:
         try:
             with opener(path, "rt", encoding="utf-8") as f:
                 merges = f.read().split("\n")[1:1 + 48894]  # after a note; CLIP ignores the rest
-        except (OSError, EOFError, UnicodeDecodeError) as e:
-            raise UserError(f"can't read CLIP's merges file {path} ({e}): take {MERGES} from the "
+            if len(merges) != 48894 or any(len(m.split()) != 2 for m in merges):
+                raise ValueError("it has no 48,894 pairs of symbols")
+        except (OSError, EOFError, ValueError) as e:
+            raise UserError(f"{path} is not CLIP's merges file ({e}): take {MERGES} from the "
                             "repository openai/CLIP, or use --vocab learn:8000") from None
-        if len(merges) != 48894 or any(len(m.split()) != 2 for m in merges):
-            raise UserError(f"{path} is not CLIP's merges file of 48,894 pairs of symbols")
         return cls(merges)
 
     @classmethod
@@ -683,29 +720,21 @@ class Tokenizer:
         return [i for word in self.words.findall(clean(text)) for i in self.bpe(word)]
 
     def __call__(self, texts, context_length=77):
-        """A string or a list -> ids (N, L) int64, padded with 0, and mask (N, L) bool, L =
-        context_length: of a longer text the first L - 1 ids remain, and EOT. The mask is True up to
-        the first EOT. It is made from lengths, because id 0 is also the token "!"."""
+        """A string or a list -> ids (N, L) int64 and mask (N, L) bool, True up to the first EOT,
+        L = context_length. Padding is id 0, as "!" is. Long texts keep L - 1 ids, and EOT."""
         texts = [texts] if isinstance(texts, str) else texts
         L = context_length
         rows = [[self.bos, *self.encode(text)][:L - 1] + [self.eot] for text in texts]
-        lengths = torch.tensor([row.index(self.eot) + 1 for row in rows], dtype=torch.int64)
         ids = torch.tensor([row + [0] * (L - len(row)) for row in rows], dtype=torch.int64)
-        return ids.view(-1, L), torch.arange(L) < lengths[:, None]
-
-    def decode(self, ids):
-        """Ids -> text. BOS, EOT and what follows EOT are dropped."""
-        ids = [*map(int, ids), self.eot]
-        symbols = [self.symbols[i] for i in ids[:ids.index(self.eot)] if i != self.bos]
-        text = "".join(symbols).replace("</w>", " ")
-        byte = {character: b for b, character in BYTES.items()} | {" ": ord(" ")}
-        return bytes(byte[c] for c in text).decode("utf-8", errors="replace").strip()
+        ids = ids.view(-1, L)                                  # also where there is no text
+        end = (ids == self.eot).int().argmax(1, keepdim=True)  # the first of several
+        return ids, torch.arange(L) <= end
 
 
 # ------------------------------------------------------------------------------- OpenAI's weights
 class _TensorsOnly(pickle.Unpickler):
-    """Reads a TorchScript archive's tensors and runs no code: each class in it becomes a Bag of the
-    tensors of a module and of the modules in it, by their names."""
+    """Reads a TorchScript archive and runs no code: each class in it becomes a Bag, the tensors of
+    a module and of the modules in it by their names."""
     class Bag(dict):
         def __setstate__(self, state):
             for name, x in state.items():
@@ -721,7 +750,7 @@ class _TensorsOnly(pickle.Unpickler):
     def find_class(self, module, name):
         known = dict(HalfStorage=torch.half, FloatStorage=torch.float, LongStorage=torch.long,
                      _rebuild_tensor_v2=self.tensor)
-        return known.get(name) or type(name, (self.Bag,), {})
+        return known.get(name, self.Bag)
 
     def tensor(self, flat, offset, size, stride, *_):
         return flat.as_strided(size, stride, offset).clone()
@@ -752,11 +781,10 @@ def openai_config(state):
 
 
 def read_weights(path):
-    """The dict in a file: a state dict, a checkpoint of train.py, or the tensors of a TorchScript
-    archive. No code in it is run. Raises nearly anything on other files."""
-    archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
-    if archive and any("/code/" in name for name in archive.namelist()):
-        return _TensorsOnly(archive).load()
+    """A state dict, a checkpoint of train.py or a TorchScript archive -> its dict, by no code of
+    the file. Raises nearly anything on other files."""
+    if zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist()):
+        return _TensorsOnly(path).load()
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -5,28 +5,26 @@
     torchrun train.py --loss sparc --init ViT-B-32.pt --data photos/train.csv  # fine-tune CLIP
 
 `training_step` is the algorithm, from the batch to the new weights; all else stands around it.
-Covers: SPARC 4.1 and D.4 (AdamW, warm-up, cosine, weights of the losses), FILIP 3.1.1 (the tokens
-that are sent), 4.1, A.2 (LAMB, decay, fine-tuning), PyramidCLIP 3.2, A.2, F (crops, LeFF, terms).
+Covers: SPARC 4.1, D.4; FILIP 3.1.1 (the tokens that are sent), 4.1, A.2; PyramidCLIP 3.2, A.2, F.
 
-A run folder holds last.pt (weights, optimiser, vocabulary, options), log.csv, args.json, of files
-bad_rows.csv (what can't be used) and, at the end, metrics.json and align.png. A batch depends on
-the seed and the step alone: a run that is killed and resumed ends with the same numbers.
+A run folder holds last.pt, log.csv, args.json, of files bad_rows.csv (what can't be used) and, at
+the end, metrics.json and align.png. A batch depends on the seed and the step alone: a run that is
+killed and resumed ends with the same numbers.
 
 Differs from the papers:
-- The defaults suit scenes. SPARC has 16,384 pairs a batch, sigma 1/P, a local weight of 0.5 to 10,
-  and no patches through h_v: `--sigma 1/P --local-weight 1 --no-patches-through-h`.
+- The defaults suit scenes. SPARC has 16,384 pairs a batch; for the rest of its settings, give
+  `--sigma 1/P --local-weight 1 --no-patches-through-h`.
 - AdamW's beta2 of 0.98 and the clipping of gradients are ours; no paper gives them.
 - Warm-up takes 100 steps (FILIP 3,000, SPARC 2,500, PyramidCLIP a tenth of all). Weight decay is
-  0.1 (SPARC 0.1 to 0.3, PyramidCLIP 0.2). It spares FILIP's list for all; SPARC gives no list.
+  0.1 (SPARC 0.1 to 0.3, PyramidCLIP 0.2) and spares FILIP's list for all.
 - Files are cropped at random: SPARC only resizes, FILIP adds AutoAugment. Scenes are not: captions
   tell places. PyramidCLIP's local crop of a scene has its own caption, of what is left.
 - --init takes a thirtieth of the rate, as FILIP: 6e-3 (Table 9), then 2e-4 (Table 10). PyramidCLIP
   gets no LeFF then. What an objective adds (PACL's e_v, phi, MGCA's and GLoRIA's heads) is new.
-- Learned scales stay in 1..100. FILIP is unstable: more --weight-decay or clip+filip steady it.
 - BatchNorm (RN50, LeFF) sees the pictures of one process on CPUs, of all processes on GPUs.
 """
-import argparse, contextlib, copy, ctypes, json, math, os, pathlib, random, shutil, signal
-import sys, tempfile, time, timeit
+import argparse, contextlib, copy, ctypes, json, math, os, pathlib, signal, sys, tempfile, time
+import timeit
 from unittest.mock import patch
 import torch, torch.distributed as dist, torch.nn as nn
 from tqdm import tqdm
@@ -41,7 +39,7 @@ BROUGHT = ("model", "pool", "patch_size", "layers", "width", "context_length", "
            "vocab", "leff", "no_leff")
 # Options that may change when a run is resumed: they do not change its numbers.
 FREE = ("out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every",
-        "amp", "checkpointing", "compile", "val", "images", "max_bad")
+        "amp", "checkpointing", "val", "images", "max_bad")
 # Columns of log.csv, empty in rows of steps without validation.
 VALIDATION = ("val_loss", *(f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))
 
@@ -66,24 +64,25 @@ def flags():
 
     group = ap.add_argument_group("what people change")
     add("--loss", "choose the objective, listed below", "sparc", choices=list(OBJECTIVES))
-    add("--model", f"choose the towers: {', '.join(models.CONFIGS)}", "tiny")
+    add("--model", f"choose the towers: {', '.join(models.CONFIGS)} (scenes tiny, files small)")
     add("--data", "train on scenes, or on files: a table, JSON, a folder, tar shards", "scenes")
     add("--out", "write the run into this folder (runs/LOSS)")
-    add("--steps", "take so many optimiser steps (scenes 2800, files 3000)", **whole)
-    add("--batch-size", "pairs a step, over all processes; halve it if memory runs out", 128)
-    add("--lr", "set the peak rate (tiny 1.5e-3, files 1e-3; else 5e-4; lamb: FILIP's)", **number)
-    add("--image-size", "set a picture's side (tiny: scenes 56, files 112; else model's)", **whole)
+    add("--steps", "take so many optimiser steps (scenes 2800, files 1500)", **whole)
+    add("--batch-size", "pictures a step, over all processes; halve it if memory runs out (128, "
+        "small 256)", **whole)
+    add("--lr", "set the peak rate (tiny 1.5e-3, small 1e-3, else 5e-4; lamb: FILIP's)", **number)
+    add("--image-size", "set a picture's side in pixels", **whole)
     add("--resume", "go on from the folder's last.pt, or start if there is none", **switch)
     add("--init", "fine-tune OpenAI CLIP's weights, a run folder or its last.pt, at lr / 30")
     add("--seed", "change the initial weights, the data and its order", 0)
     add("--amp", "autocast; auto: bf16 if faster", "auto", choices=("auto", "off", "bf16", "fp16"))
     add("--device", "compute there; mps is Apple's", "auto", choices=DEVICES)
-    group = ap.add_argument_group("model (by default the model's own; for tiny as said)")
+    group = ap.add_argument_group("model (by default the model's own)")
     add("--pool", "pool by [CLS] and EOT, or by means and h_v (mean)", choices=("cls", "mean"))
-    add("--patch-size", "set a patch's side in pixels (scenes 8, files 16)", **whole)
-    add("--layers", "set the number of blocks in each tower (scenes 2, files 4)", **whole)
-    add("--width", "set both towers' width, a multiple of 64 (scenes 128, files 192)", **whole)
-    add("--context-length", "cut texts to so many tokens (scenes 32, files 48)", **whole)
+    add("--patch-size", "set a patch's side in pixels", **whole)
+    add("--layers", "set the number of blocks in each tower", **whole)
+    add("--width", "set both towers' width, a multiple of 64", **whole)
+    add("--context-length", "cut texts to so many tokens", **whole)
     add("--patches-through-h", "send patches through h_v in training too (yes if --pool mean)",
         action=argparse.BooleanOptionalAction)
     group = ap.add_argument_group("data")
@@ -91,17 +90,23 @@ def flags():
     add("--val", "validate on these pairs (val.csv beside --data, if there is one)")
     add("--max-bad", "stop if over 10 samples, and this share, are bad; 0: at the first", 0.01)
     add("--mask-equal-texts", "pairs of equal texts, as of a class, are no negatives", **switch)
-    add("--vocab", "learn:N, or clip, or the path of CLIP's merges (learn:1000, files learn:8000)")
-    add("--crop", "crop to this share or more (scenes: no crop; files 0.5, pyramid 0.9)", **number)
+    add("--vocab", "learn:N, or clip, or the path of CLIP's merges (scenes learn:1000, small 4000, "
+        "else 8000)")
+    add("--crop", "crop to this share or more (scenes: no crop; files 0.4, pyramid 0.9)", **number)
+    add("--flip", "mirror every second picture, with its left and right (files)",
+        action=argparse.BooleanOptionalAction)
+    add("--augment", "change pictures by AutoAugment's policy, as FILIP 3.2", **switch)
+    add("--captions", "show a picture with so many of its texts, each a partner with probability "
+        "1/x, as FILIP A.2", 1)
     add("--paraphrase", "tell this share of scenes in other words, as for FILIP Table 4", 0.0)
     add("--mismatch", "let words and scenes disagree this often, as in PyramidCLIP Figure 1", 0.0)
     add("--workers", "read pictures in so many extra processes (cpu 0, cuda 4)", **whole)
     group = ap.add_argument_group("SPARC (Table 6: --sigma 0, --softmax)")
-    add("--sigma", "set eq. 3's threshold; 1/P is the paper's (tiny 0.5, else 1/P)", type=sigma)
+    add("--sigma", "set eq. 3's threshold; 1/P is the paper's (tiny, small 0.5)", type=sigma)
     add("--softmax", "weight patches by a softmax in place of eqs. 2 to 4", **switch)
     add("--per-text", "average eq. 6 per text first, as printed, not as in Appendix C", **switch)
     add("--global-weight", "weight the global loss in eq. 7", 0.5)
-    add("--local-weight", "weight the local loss; paper: 0.5 to 10 (tiny 0.15, else 1)", **number)
+    add("--local-weight", "weight the local loss; paper: 0.5 to 10 (tiny, small 0.15)", **number)
     group = ap.add_argument_group("FILIP (3.1.1, Table 5)")
     add("--keep", "compare this share of the tokens; the paper's is 0.25", 1.0)
     add("--one-sided", "keep all local tokens, as SPARC's FILIP does (SPARC Table 12)", **switch)
@@ -132,7 +137,6 @@ def flags():
     add("--log-every", "log every so many steps", 20)
     add("--save-every", "save last.pt every so many steps", 200)
     add("--eval-every", "validate every so many steps; 0 for never", 500)
-    add("--benchmark", "time 20 steps, part by part, and leave nothing behind", **switch)
     return ap
 
 
@@ -140,7 +144,7 @@ def users(name):
     """Objectives that look at the option of this name."""
     if name in ("hard_targets", "leff", "no_leff", "local_crop", "regions"):
         return ["pyramid"]                                   # its loss sees none of these
-    if name == "mask_equal_texts":                           # pyramid's targets are soft already
+    if name in ("mask_equal_texts", "captions"):             # pyramid's targets are soft already
         return [k for k in OBJECTIVES if k != "pyramid"]
     return [k for k, o in OBJECTIVES.items() if name in o.options] or list(OBJECTIVES)
 
@@ -168,12 +172,10 @@ def options():
         if value != ap.get_default(name) and args.loss not in users(name):
             raise UserError(f"{flag(name)} means nothing to --loss {args.loss}: leave it out, or "
                             f"take --loss {' or '.join(users(name))}")
-    if args.model not in models.CONFIGS and not args.init:
-        models.build(args.model)                             # raises, and says which there are
-    if args.benchmark:
-        args.steps, args.eval_every, args.log_every, args.out = 25, 0, 1000, tempfile.mkdtemp()
     args.device = pick_device(args.device)
     fill_in(args)
+    if args.model not in models.CONFIGS and not args.init:
+        models.build(args.model)                             # raises, and says which there are
     check(args)
     return args
 
@@ -190,20 +192,22 @@ def bring(args, ap):
 
 def fill_in(args):
     """Put the defaults that depend on other options where the command says nothing."""
-    scenes, tiny, lamb = args.data == "scenes", args.model == "tiny", args.optimizer == "lamb"
+    scenes, lamb = args.data == "scenes", args.optimizer == "lamb"
+    args.model = args.model or ("tiny" if scenes else "small")
+    tiny, small = args.model == "tiny", args.model == "small"
     defaults = dict(out=os.path.join("runs", args.loss), terms=list(SIX), lam=1 / 3, mu=1 / 3,
-                    steps=3000, vocab="learn:8000", crop=0.5, lr=5e-4, weight_decay=0.1,
-                    sigma="1/P", local_weight=1.0, patches_through_h=tiny and args.pool != "cls",
+                    steps=1500, batch_size=256 if small else 128, vocab="learn:8000", crop=0.4,
+                    flip=True, lr=5e-4, weight_decay=0.1, sigma="1/P",
+                    local_weight=1.0, patches_through_h=(tiny or small) and args.pool != "cls",
                     workers=4 if args.device == "cuda" else 0)   # they would take a CPU's cores
     if args.loss == "pyramid":
         defaults["crop"] = 0.9                               # PyramidCLIP 3.2: the global view
-    if tiny:
-        defaults |= dict(image_size=112, patch_size=16, layers=4, width=192, context_length=48,
-                         lr=1.5e-3 if scenes else 1e-3, sigma=0.5, local_weight=0.15)
+    if tiny or small:
+        defaults |= dict(lr=1.5e-3 if tiny else 1e-3, sigma=0.5, local_weight=0.15)
+    if small:
+        defaults["vocab"] = "learn:4000"
     if scenes:
-        defaults |= dict(steps=2800, vocab="learn:1000", crop=None)
-    if tiny and scenes:
-        defaults |= dict(image_size=56, patch_size=8, layers=2, width=128, context_length=32)
+        defaults |= dict(steps=2800, vocab="learn:1000", crop=None, flip=False)
     if lamb:                                                 # FILIP A.2 and Table 9
         defaults |= dict(lr=6e-3 * (args.batch_size / 512) ** 0.5, weight_decay=0.03)
     beside = os.path.join(os.path.dirname(args.data), "val.csv")
@@ -222,18 +226,17 @@ def check(args):
     """Refuse numbers that make no sense, each with one sentence."""
     least = dict(warmup=0, leff=0, eval_every=0, workers=0, lr=0, weight_decay=0, clip_grad=0,
                  global_weight=0, local_weight=0, layers=1, steps=1, batch_size=1, accum_steps=1,
-                 log_every=1, save_every=1)
+                 log_every=1, save_every=1, captions=1)
+    shares = ("max_bad", "paraphrase", "mismatch", "sigma", "lam", "mu")
     for name, value in vars(args).items():
         if name in least and value is not None and value < least[name]:
             raise UserError(f"{flag(name)} must be at least {least[name]}, not {value}")
         if name in ("keep", "crop", "local_crop") and value is not None and not 0 < value <= 1:
             raise UserError(f"{flag(name)} must lie in 0..1, above 0, not {value}")
-        if name in ("max_bad", "paraphrase", "mismatch") and not 0 <= value <= 1:
+        if name in ("beta2", "alpha") and not 0 <= value < 1:
+            raise UserError(f"{flag(name)} must lie in 0..1, below 1, not {value}")
+        if name in shares and value != "1/P" and not 0 <= value <= 1:
             raise UserError(f"{flag(name)} is a share, in 0..1, not {value}")
-    if not 0 <= args.beta2 < 1:
-        raise UserError(f"--beta2 must lie in 0..1, below 1, not {args.beta2}")
-    if args.sigma != "1/P" and not 0 <= args.sigma <= 1:
-        raise UserError(f"--sigma is a share of the largest similarity, in 0..1, not {args.sigma}")
     if args.vocab and args.vocab.split(":")[0] == "learn" and not args.vocab[6:].isdigit():
         raise UserError(f"--vocab {args.vocab}: the number of entries is missing, as in learn:8000")
     frozen = set(args.freeze or ()) - {"none"}
@@ -242,9 +245,8 @@ def check(args):
                         "give --init, and one tower")
     if len(set(args.terms)) < len(args.terms):
         raise UserError(f"--terms {' '.join(args.terms)}: a term stands there twice")
-    if min(args.lam, args.mu, args.alpha) < 0 or args.lam + args.mu > 1 or args.alpha >= 1:
-        raise UserError(f"--lam {args.lam} and --mu {args.mu} are shares of the loss with a sum "
-                        f"of at most 1, --alpha {args.alpha} lies in 0..1")
+    if args.lam + args.mu > 1:
+        raise UserError(f"--lam {args.lam} and --mu {args.mu}: their sum is above 1")
 
 
 # ------------------------------------------------------------------- processes, precision, memory
@@ -270,8 +272,7 @@ def start_processes(args):
     device = torch.device(args.device, local if args.device == "cuda" else None)
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"{local + 1} processes but {torch.cuda.device_count()} GPUs: lower "
-                            f"--nproc-per-node, or use --device cpu")
+            raise UserError(f"--nproc-per-node: there are {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(device)
     elif device.type == "mps" and world > 1:
         raise UserError("--device mps serves one process: start train.py without torchrun")
@@ -321,7 +322,7 @@ def pick_precision(amp, device):
 
 def peak_memory():
     """The most memory this process has held, on the GPU if any, in MB, or None if unknown."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+    if torch.cuda.max_memory_allocated():                    # 0 without a GPU
         return torch.cuda.max_memory_allocated() / 2 ** 20
     with contextlib.suppress(ImportError):
         import resource
@@ -335,24 +336,26 @@ def number_texts(ids):
     return ids.cpu().unique(dim=0, return_inverse=True)[1].to(ids.device)
 
 
-def masked_info_nce(ids, M):
-    """ids, M (b,L) of my texts -> info_nce without the negatives whose text equals one's own."""
-    own, plain = objectives.labels(ids), objectives.info_nce
+def make_info_nce(ids, M, k, mask):
+    """info_nce for k texts of each picture in a row: each is a partner with probability 1/k (FILIP
+    A.2). ids, M (b,L) of my texts. mask: others' texts that equal one's own are no negatives."""
+    own = objectives.labels(ids)                             # (b,)
     everyone, _ = objectives.gather_texts(ids[..., None], M)             # (B, L, 1)
     number = number_texts(everyone[..., 0])                  # (B,)
-    twins = number[own][:, None] == number                   # (b, B)
-    twins.scatter_(1, own[:, None], False)
+    partner = own[:, None] // k == torch.arange(len(number), device=ids.device) // k       # (b, B)
+    twins = (number[own][:, None] == number) & ~partner & mask
 
     def info_nce(*logits):
-        return plain(*(s.masked_fill(twins, -torch.inf) for s in logits))
+        logits = [s.masked_fill(twins, -1e9) for s in logits]            # as good as -inf
+        return sum(nn.functional.cross_entropy(s, partner / k) for s in logits) / 2
     return info_nce
 
 
 class ModelAndLoss(nn.Module):
     """Both in one forward, so that DistributedDataParallel sees which parameters the loss uses."""
-    def __init__(self, model, args, lap):
+    def __init__(self, model, args):
         super().__init__()
-        self.model, self.lap, self.objective = model, lap, OBJECTIVES[args.loss]
+        self.model, self.objective = model, OBJECTIVES[args.loss]
         self.head = self.objective.head(model.config["embed_dim"])
         self.options, self.mask = evaluation.loss_options(args), args.mask_equal_texts
 
@@ -361,17 +364,18 @@ class ModelAndLoss(nn.Module):
         return self.model(**(batch | pictures)) | {"ids": batch["ids"]}      # v, V, t, T, M, ...
 
     def loss(self, f):
-        """-> {"loss", its parts}, scalars"""
-        info_nce = masked_info_nce(f["ids"], f["M"]) if self.mask else objectives.info_nce
+        """-> {"loss", its parts}, scalars. A picture with k texts takes part k times."""
+        info_nce, k = objectives.info_nce, len(f["t"]) // len(f["v"])
+        if k > 1:
+            f = f | {name: f[name].repeat_interleave(k, 0) for name in ("v", "V")}
+        if k > 1 or self.mask:
+            info_nce = make_info_nce(f["ids"], f["M"], k, self.mask)
         with patch.object(objectives, "info_nce", info_nce):
             return self.objective.loss(f, self.head, **self.options)
 
     def forward(self, batch):
         f = self.features(batch)
-        self.lap("forward")
-        losses = self.loss(f)
-        self.lap("loss")
-        return losses, {name: x.detach() for name, x in f.items()}
+        return self.loss(f), {name: x.detach() for name, x in f.items()}
 
 
 def training_step(run, step):
@@ -387,20 +391,17 @@ def training_step(run, step):
         with run.autocast():
             losses, f = run.parallel(batch)                  # the features, then their losses
         scaler.scale(losses["loss"]).backward()
-    run.lap("backward")
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(module.parameters(), run.args.clip_grad or math.inf).item()
     losses = run.agree(losses)
     skips = scaler.is_enabled()                              # fp16's: a gradient that is not finite
     if not math.isfinite(losses["loss"]) or not (skips or math.isfinite(norm)):
         raise UserError(f"step {step + 1}: the loss is {losses['loss']}, its gradient's norm {norm}"
-                        f"; nothing was updated, and last.pt, if any, is kept as it was. Lower "
-                        f"--lr, raise --warmup, or use --amp off")
+                        f"; nothing was updated. Lower --lr, raise --warmup, or use --amp off")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     models.clamp_scales(module)
-    run.lap("optimiser")
     return losses, f, norm
 
 
@@ -412,26 +413,23 @@ def in_parts(run, batch):
     chunks = [{name: x.chunk(parts)[i] for name, x in batch.items()} for i in range(parts)]
     with torch.no_grad(), run.autocast():
         features = [module.features(chunk) for chunk in chunks]
-    f = {name: torch.cat([x[name] for x in features]).requires_grad_()
-         for name in features[0] if name not in ("M", "scale", "ids")}
-    f |= {"M": batch["mask"], "scale": run.model.logit_scale.exp(), "ids": batch["ids"]}
-    run.lap("forward")
+    f = {name: torch.cat([x[name] for x in features]) for name in features[0] if name != "scale"}
+    leaves = {name: x.requires_grad_() for name, x in f.items() if x.is_floating_point()}
+    f["scale"] = run.model.logit_scale.exp()
     with run.autocast():
         losses = module.loss(f)
     run.scaler.scale(losses["loss"]).backward()
-    run.lap("loss")
-    wanted = {k: x.grad.chunk(parts) for k, x in f.items() if x.is_leaf and x.grad is not None}
     for i, chunk in enumerate(chunks):
         with run.autocast():
             again = module.features(chunk)
-        learns = [(again[name], grads[i]) for name, grads in wanted.items()
-                  if again[name].requires_grad]              # not what a frozen tower gives
+        learns = [(again[name], x.grad.chunk(parts)[i]) for name, x in leaves.items()
+                  if x.grad is not None and again[name].requires_grad]     # no frozen tower's
         torch.autograd.backward(*zip(*learns))
     for p in module.parameters():                            # what DistributedDataParallel does
         if run.world > 1 and p.grad is not None:
             dist.all_reduce(p.grad)
             p.grad /= run.world
-    return losses, {name: x.detach() for name, x in f.items()}
+    return losses, f
 
 
 # ------------------------------------------------------------------------- schedule and optimiser
@@ -439,7 +437,7 @@ def learning_rate(step, args):
     """Linear from 0 to the peak over the warm-up, then half a cosine to 0."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    angle = math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)
+    angle = math.pi * (step - args.warmup) / (args.steps - args.warmup)
     return args.lr * 0.5 * (1 + math.cos(angle))
 
 
@@ -451,8 +449,8 @@ class LAMB(torch.optim.Optimizer):
 
     No bias correction, as in the code that FILIP names (A.2): u starts at up to 3.2 an entry, so
     warm up. A scale moves by lr times its own size, whatever its gradient."""
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+    def __init__(self, params, **options):
+        super().__init__(params, {"betas": (0.9, 0.999), "eps": 1e-4} | options)
 
     @torch.no_grad()
     def step(self):
@@ -485,14 +483,15 @@ def make_optimizer(module, args):
 
 
 # --------------------------------------------------------------------------------- data and model
-def make_validation(args, tok, size, length, n=250):
-    """The first n pairs to validate on, as a batch on the CPU; nothing if none can be read."""
+def make_validation(args, tok, size, length):
+    """The first 250 pairs to validate on, a batch on the CPU; nothing if none can be read."""
+    data = []
     if args.data == "scenes":
-        data = Scenes(n, args.seed, size, "val")
-    else:
-        data = open_dataset(args.val, images=args.images) if args.val else []
+        data = Scenes(250, args.seed, size, "val")
+    elif args.val:
+        data = open_dataset(args.val, images=args.images)
     samples, bad = [], list(getattr(data, "bad", []))
-    for i in range(min(n, len(data))):
+    for i in range(min(250, len(data))):
         try:
             image, caption = data.pair(i, size=size)
             views = data.views(i, image, caption) if args.loss == "pyramid" else {}
@@ -511,9 +510,7 @@ def make_model(args, tok, start=None):
         own = start.config if start else models.CONFIGS[args.model] | {"front": args.leff}
         layers, front = args.layers or own["vision_layers"], own["front"]
         if front is None and isinstance(layers, int):        # not a ResNet
-            front = layers - max(1, layers // 4)             # regions enter behind 9 of 12 blocks
-        if isinstance(layers, int) and front > layers:
-            raise UserError(f"--leff {front}: this model has {layers} blocks, choose 0 to {layers}")
+            front = max(0, layers - max(1, layers // 4))     # regions enter behind 9 of 12 blocks
         special = {"regions": 2052, "front": front, "leff": 0 if args.no_leff else front}
     if start:                                                # LeFF would need other weights
         return models.adapt(start, image_size=args.image_size, **special | {"leff": None})
@@ -562,15 +559,13 @@ def report_terms(data, args):
 def report_texts(data, tok, length):
     """Say how many captions are cut, and how many are those of other pictures too."""
     texts = data.texts()
-    some = random.Random(0).sample(texts, min(5000, len(texts)))
+    some = texts[::len(texts) // 5000 + 1]
     cut = sum(len(tok.encode(text)) + 2 > length for text in some)
     if cut:
-        print(f"note: {100 * cut / len(some):.1f}% of the captions are longer than {length} "
-              f"tokens and lose their ends (--context-length)")
+        print(f"note: --context-length {length} cuts {100 * cut / len(some):.1f}% of the captions")
     repeats = 100 - 100 * len(set(texts)) / len(texts)
     if not isinstance(data, Scenes) and repeats >= 0.1:
-        print(f"note: {repeats:.1f}% of the captions repeat others; in a batch their pictures are "
-              f"negatives of each other (--mask-equal-texts)")
+        print(f"note: {repeats:.1f}% of the captions repeat others: see --mask-equal-texts")
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -578,7 +573,7 @@ class Run:
     """Data, model and optimiser of a run, and what its steps share. start: the step it begins with.
     first: this process writes files and talks. asked: a signal to stop came, and all know it."""
     def __init__(self, args):
-        self.args, self.signals, self.asked, self.spent, self.lapped = args, [], False, {}, 0.0
+        self.args, self.signals, self.asked = args, [], False
         self.bad, self.known, self.found = {}, 0, []  # bad rows: all, before step 1, in this step
         self.rank, self.world, self.device = start_processes(args)
         self.first, self.gpu = self.rank == 0, self.device.type == "cuda"
@@ -616,9 +611,8 @@ class Run:
             return
         self.data = open_dataset(args.data, args.regions, args.images)
         self.content = self.data.fingerprint()
-        if ckpt.get("content", self.content) != self.content:
-            raise UserError(f"{args.data} has other pictures or captions than the data that "
-                            f"{args.out} was trained on: give the same data, or another --out")
+        if ckpt and ckpt["content"] != self.content:
+            raise UserError(f"{args.data} has other pictures or captions than before: change --out")
         self.add_bad([e.args for e in self.data.bad], len(self.data.texts()))
         self.known = len(self.bad)
         self.add_bad(ckpt.get("bad", []), self.start * args.batch_size)
@@ -637,7 +631,8 @@ class Run:
         torch.manual_seed(args.seed)
         model = models.CLIP(**ckpt["config"]) if ckpt else make_model(args, self.tok, start)
         self.model = prepare(model.to(self.device), args)
-        self.module = ModelAndLoss(self.model, args, self.lap).to(self.device)
+        self.size, self.length = model.config["image_size"], model.context_length
+        self.module = ModelAndLoss(self.model, args).to(self.device)
         self.optimizer = make_optimizer(self.module, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.state = {"model": self.model, "head": self.module.head, "optimizer": self.optimizer,
@@ -646,15 +641,14 @@ class Run:
             if ckpt:
                 part.load_state_dict(ckpt[name])
         if self.first:
-            self.val = make_validation(args, self.tok, self.model.config["image_size"],
-                                       self.model.context_length)
+            self.val = make_validation(args, self.tok, self.size, self.length)
 
     def load(self):
         """Iterator over this process's share of every batch that is to come."""
         args, share = self.args, self.args.batch_size // self.world
-        batches = Batches(self.data, self.tok, args.batch_size, self.model.config["image_size"],
-                          self.model.context_length, args.seed, args.crop, self.rank, self.world,
-                          views=args.loss == "pyramid", local_area=args.local_crop)
+        batches = Batches(self.data, self.tok, args.batch_size, self.size, self.length, args.seed,
+                          args.crop, self.rank, self.world, args.loss == "pyramid", args.local_crop,
+                          args.captions, args.flip, args.augment)
         if share % args.accum_steps:
             raise UserError(f"--accum-steps {args.accum_steps} does not divide the {share} pairs "
                             f"of each process: choose a divisor")
@@ -676,7 +670,7 @@ class Run:
             print(f"note: {len(self.bad):,} rows can't be used; the first: {where}: {reason}")
         if args.warmup >= args.steps:
             print(f"note: --steps {args.steps} end inside --warmup {args.warmup}: lower it")
-        report_texts(self.data, self.tok, self.model.context_length)
+        report_texts(self.data, self.tok, self.length)
         if args.loss == "pyramid":
             report_terms(self.data, args)
 
@@ -686,29 +680,10 @@ class Run:
         if "error" in batch:
             raise BadData(batch["error"])
         self.found = list(map(tuple, batch.pop("bad", [])))
-        batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
-        self.lap("data")
-        return batch
+        return {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
 
     def autocast(self):
         return torch.autocast(self.device.type, DTYPES.get(self.args.amp), self.args.amp != "off")
-
-    def lap(self, name):
-        """For --benchmark: add the time since the lap before to that of name."""
-        if self.args.benchmark:
-            if self.gpu:
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            self.spent[name] = self.spent.get(name, 0.0) + now - self.lapped
-            self.lapped = now
-
-    def report_times(self, steps=20):
-        """Print --benchmark's table: means over so many steps."""
-        total, peak = sum(self.spent.values()), peak_memory() or 0
-        for name, s in self.spent.items():
-            print(f"{name:10} {1000 * s / steps:8.1f} ms {100 * s / total:4.0f}%")
-        rate = f"{steps * self.args.batch_size / total:,.0f} images/s"
-        print(f"{'step':10} {1000 * total / steps:8.1f} ms      {rate}, at most {peak:,.0f} MB")
 
     def agree(self, losses):
         """One small message a step -> {name: mean over all processes}. Was any asked to stop? Then
@@ -730,18 +705,16 @@ class Run:
         """Rows (where, what, reason) that can't be used -> bad_rows.csv, each once. UserError if
         they are too many beside the good samples; those known before step 1 count on their own."""
         self.bad |= dict.fromkeys(rows)
-        path = os.path.join(self.args.out, "bad_rows.csv")
         if self.first:
-            evaluation.list_faults(path, self.bad)
+            evaluation.list_faults(os.path.join(self.args.out, "bad_rows.csv"), self.bad)
         share, new = self.args.max_bad, list(self.bad)[self.known:]
         seen = good + len(new)
         if len(new) > (max(10, share * seen) if share else 0):
             if done and self.first:
                 self.save(done)
             kinds = "; ".join(f"{n:,} x {kind}" for kind, n in evaluation.count_faults(new)[:3])
-            raise UserError(f"{len(new):,} of {seen:,} samples can't be used ({kinds}), more than "
-                            f"--max-bad {share} allows: mend them or raise it; {path} lists them, "
-                            f"and `python data.py check {self.args.data}` finds all")
+            raise UserError(f"{len(new):,} of {seen:,} samples can't be used ({kinds}): mend them "
+                            f"(`python data.py check {self.args.data}`) or raise --max-bad {share}")
 
     def save(self, done):
         """Replace last.pt by the state after so many steps."""
@@ -760,16 +733,9 @@ class Run:
 
 def train(args):
     """-> True in the first process of a complete run, which then calls finish. Raises UserError."""
-    try:
-        run = Run(args)
-    except UserError:
-        with contextlib.suppress(OSError):
-            os.rmdir(args.out)                               # a folder that was made for nothing
-        raise
+    run = Run(args)
     with run.bar:
         for step in range(run.start, args.steps):
-            if step == 5:
-                run.spent.clear()                            # the first steps are slower
             losses, f, norm = training_step(run, step)
             run.bar.update()
             done, last = step + 1, step + 1 == args.steps
@@ -784,11 +750,7 @@ def train(args):
                 break
     if run.asked and run.first:
         print(f"stopped after step {done}; --resume goes on from there")
-    if args.benchmark:
-        if run.first:
-            run.report_times()
-        shutil.rmtree(args.out, ignore_errors=True)
-    return run.first and not run.asked and not args.benchmark
+    return run.first and not run.asked
 
 
 @torch.no_grad()
@@ -803,17 +765,17 @@ def log_step(run, done, losses, f, norm, validation):
         if objective.local:                                  # as low: it can ignore the picture
             strangers = f | {"V": f["V"].roll(len(f["V"]) // 2, 0)}
             row["local_shuffled"] = run.module.loss(strangers)[objective.local].item()
-    number = number_texts(f["ids"])
-    accuracy = 100 * (number[scores.argmax(1)] == number).float().mean().item()
+    number = number_texts(f["ids"])                          # equal texts have the same
+    best, own = number[scores.argmax(1)], number.view(len(scores), -1)   # (b,), (b, k)
+    accuracy = 100 * (best[:, None] == own).any(1).float().mean().item()
     row.setdefault("scale", f["scale"].item())
-    row |= {"accuracy": accuracy, "grad_norm": norm, "lr": learning_rate(done - 1, run.args)}
+    row |= {"accuracy": accuracy, "grad_norm": norm, "lr": learning_rate(done - 1, run.args),
+            "images_per_s": f"{rate:.0f}", "seconds": f"{now - run.began:.1f}"}
     if run.first:
         bad = f", bad={len(run.bad)}" if run.bad else ""
         run.bar.set_postfix_str(f"loss={row['loss']:.3f}, scale={row['scale']:.1f}, "
                                 f"acc={accuracy:.0f}%, img/s={rate:.0f}{bad}")
-        row |= {"images_per_s": f"{rate:.0f}", "seconds": f"{now - run.began:.1f}"}
         row |= dict.fromkeys(VALIDATION, "") | validation
-        row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()}
         add_row(os.path.join(run.args.out, "log.csv"), row)
 
 
@@ -857,45 +819,35 @@ def open_run(args):
         raise UserError(f"{args.out} already holds a run: add --resume to go on with it, "
                         f"--overwrite to start afresh, or another --out")
     ckpt = evaluation.read_checkpoint(last)
-    if "content" in ckpt and "scenes" not in (args.data, ckpt["args"]["data"]):
-        ckpt["args"]["data"] = args.data                     # Run compares what is in it
-    wrong = differences(args, ckpt["args"])
+    saved = ckpt["args"]
+    if "scenes" not in (args.data, saved["data"]):
+        saved["data"] = args.data                            # Run compares what is in it
+    wrong = [f"{flag(name)} {saved.get(name)} (now {value})" for name, value in vars(args).items()
+             if name not in FREE and value != saved.get(name)]
     if wrong:
         raise UserError(f"{last} is a checkpoint of another run, with {', '.join(wrong)}: give the "
                         f"same options, or another --out")
-    args.amp = ckpt["args"]["amp"]
+    args.amp = saved["amp"]
     return ckpt
-
-
-def differences(args, saved):
-    """What options differ from a checkpoint's, in words, of those that the objective looks at."""
-    saved = vars(flags().parse_args([])) | saved             # an older one lacks some
-    if isinstance(saved["leff"], bool):                      # it was a switch
-        saved |= {"leff": None, "no_leff": not saved["leff"] and "RN50" not in args.model}
-    if saved["gather_dtype"] == "fp32" and args.gather_dtype is None:
-        saved["gather_dtype"] = None                         # it was the default; the same numbers
-    now = dict.fromkeys((name for name in saved if saved[name]), "gone") | vars(args)
-    return [f"{flag(name)} {saved[name]} (now {value})" for name, value in now.items()
-            if name not in FREE and args.loss in users(name) and saved[name] != value]
 
 
 def cut_log(path, step):
     """Drop the rows behind step from log.csv, so that the file is that of an unbroken run."""
     rows = []
     if step and os.path.exists(path):
-        rows = [row.split(",") for row in pathlib.Path(path).read_text().splitlines()]
-    if rows and VALIDATION[0] not in rows[0]:                # an older run's
-        rows = [rows[0] + [*VALIDATION], *(row + [""] * len(VALIDATION) for row in rows[1:])]
-    text = "".join(",".join(row) + "\n" for row in rows if row[0] == "step" or int(row[0]) <= step)
-    write(path, lambda tmp: pathlib.Path(tmp).write_text(text))
+        rows = pathlib.Path(path).read_text().splitlines(keepends=True)
+    kept = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= step]
+    write(path, lambda tmp: pathlib.Path(tmp).write_text("".join(kept)))
 
 
 def add_row(path, row):
+    """Add {column: value} to log.csv; the first row brings the header."""
+    cells = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()]
     try:
         with open(path, "a") as file:
             if file.tell() == 0:
                 file.write(",".join(row) + "\n")
-            file.write(",".join(map(str, row.values())) + "\n")
+            file.write(",".join(cells) + "\n")
     except OSError as e:
         raise UserError(f"can't write {path} ({e.strerror}): free space, then --resume") from None
 

@@ -5,24 +5,16 @@
     python visualize.py runs/sparc --image dog.jpg --text "a dog eats ice cream" --words "ice cream"
     python visualize.py curves runs/sparc runs/clip         # log.csv -> runs/sparc/curves.png
 
-Covers: FILIP 4.5 (each patch carries the index of its best token, m_k of its eq. 4; its figure
-shows patches only); for runs with SPARC's loss, the weights of its eqs. 2 to 4.
-
-align.png shows three pictures: of scenes, the first test scenes of two objects. A word's panel, the
-mean of its tokens, is bright where the word looks, on one scale for all words. SPARC: from an equal
-share of the word's weight (with the run's sigma) to FULL times that, by the logarithm. Others: how
-far the similarity (FILIP: cosine) is above the word's mean, as a share of the text's largest. A
-tick: the best patch is on the word's object (as eval.py counts); a cross: it is not. Figure 2 is
-there if a run is FILIP's. The page shows more pictures, and SPARC's weights for any sigma.
+Covers: FILIP 4.5, Figure 2 (each patch carries the index of its best token, m_k of eq. 4), if a run
+is FILIP's; for runs with SPARC's loss, the weights of its eqs. 2 to 4. Differs: the papers show no
+single words. Here a word, the mean of its tokens, is bright where it looks, on one scale for all.
 """
-import argparse, base64, csv, io, json, math, os, pathlib, re, sys
-from collections import namedtuple
-from types import SimpleNamespace
+import argparse, base64, collections, csv, io, json, math, os, pathlib, re, sys, types
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 import eval as evaluation
-from data import BadRow, Scenes, fit, open_dataset, open_image
+from data import BadRow, Scenes, center_crop, fit, open_dataset, open_image
 from losses import OBJECTIVES
 from model import DEVICES, UserError, clean, pick_device, write
 
@@ -31,12 +23,12 @@ COLUMNS, SHEET = 6, 3  # at most: panels side by side, pictures on a sheet
 FULL, DIM = 16, 0.22  # times an equal share that is brightest; how bright the darkest patch is
 SMALL_WORDS = set("a an the of in on at by to with and or is are there it its his her their this "
                   "that while for from left right above below . , picture photo".split())
-GREY, RED, BLUE, ORANGE = (105, 105, 105), (200, 0, 0), (0, 114, 178), (213, 94, 0)
-COLOURS = [BLUE, ORANGE, (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0)] * 9
-Run = namedtuple("Run", "name model tok args")
-# wanted: words to show (None: all but small ones); things: the object that a word names
-Sample = namedtuple("Sample", "image text wanted things masks",
-                    defaults=(None, {}, torch.zeros(0, 1, 1)))  # masks (N,H,W) of the objects
+GREY, RED, BLUE, ORANGE = "#696969", "#c80000", "#0072b2", "#d55e00"
+COLOURS = [BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00"] * 9
+Run = collections.namedtuple("Run", "name model tok args")
+# wanted: words to show (None: all but small ones); things: a word's object; masks (N,H,W) of these
+Sample = collections.namedtuple("Sample", "image text wanted things masks",
+                                defaults=(None, {}, torch.zeros(0, 1, 1)))
 
 
 def open_runs(folders, device="cpu"):
@@ -46,20 +38,20 @@ def open_runs(folders, device="cpu"):
 
 def draw_scenes(n, seed, size):
     """n test scenes of two objects -> [Sample]."""
-    samples, scenes = [], Scenes(n, seed, size, "test", objects=(2, 2))
-    for scene in (scenes[i] for i in range(n)):
-        words = {w.text: w.thing for w in scene["words"] if w.kind in ("colour", "shape")}
-        samples.append(Sample(scene["image"], scene["caption"], list(words), words,
-                              torch.from_numpy(scene["masks"])))
+    samples = []
+    for scene in Scenes(n, seed, size, "test", objects=(2, 2)):
+        things = {w.text: w.thing for w in scene["words"] if w.kind in ("colour", "shape")}
+        masks = torch.from_numpy(scene["masks"])
+        samples.append(Sample(scene["image"], scene["caption"], list(things), things, masks))
     return samples
 
 
-def read_photos(data, images, n, size):
+def read_photos(data, images, n):
     """The first n pictures of data that can be read -> [Sample]. Raises UserError if none can."""
-    samples, bad, pairs = [], "it is empty", open_dataset(data, images=images)
+    samples, pairs = [], open_dataset(data, images=images)
     for i in range(len(pairs)):
         try:
-            samples.append(Sample(*pairs.pair(i, size=size)))
+            samples.append(Sample(*pairs.pair(i, size=2 * SIDE)))
         except BadRow as e:
             bad = e
         if len(samples) == n:
@@ -70,27 +62,28 @@ def read_photos(data, images, n, size):
 
 
 @torch.no_grad()
-def align(run, image, text, how="crop"):
+def align(run, image, text):
     """A run (of open_runs), an RGB picture, a text -> products of tokens and patches (L,P); what is
     shown of them (L,P), its name, what bright means; each patch's best token (P,); the L tokens."""
-    model, tok, args = run.model, run.tok, run.args
-    _, V = evaluation.encode_images(model, [fit(image, model.config["image_size"], how)])
-    _, T, M = evaluation.encode_texts(model, tok, [text])
-    products = evaluation.word_patch_products(OBJECTIVES[args.loss], V, T)
+    _, V = evaluation.encode_images(run.model, [image])
+    _, T, M = evaluation.encode_texts(run.model, run.tok, [text])
+    products = evaluation.word_patch_products(OBJECTIVES[run.args.loss], V, T)
     shown, name = products, "similarity"
     means = "dark: the word's mean over the patches or less, bright: the most above it"
-    if args.loss == "sparc":
-        shown = evaluation.attention(args, V, T, M)
-        name = "softmax weights" if getattr(args, "softmax", False) else "weights, eqs. 3 and 4"
+    if run.args.loss == "sparc":
+        shown = evaluation.attention(run.args, V, T, M)
+        name = "softmax weights" if run.args.softmax else "weights, eqs. 3 and 4"
         means = f"dark: an equal share of the word's weight or less, bright: {FULL} times or more"
-    ids = tok([text], model.context_length)[0][0, 1:T.shape[1] - 1].tolist()
-    tokens = ["[BOS]", *(tok.symbols[i].replace("</w>", "") for i in ids), "[EOS]"]
-    return SimpleNamespace(products=products[0].cpu(), shown=shown[0].cpu(), name=name, means=means,
-                           best=evaluation.best_words(V, T, M)[0].cpu(), tokens=tokens)
+    ids = run.tok([text], run.model.context_length)[0][0, 1:T.shape[1] - 1].tolist()
+    tokens = ["[BOS]", *(run.tok.symbols[i].replace("</w>", "") for i in ids), "[EOS]"]
+    best = evaluation.best_words(V, T, M)[0].cpu()
+    return types.SimpleNamespace(products=products[0].cpu(), shown=shown[0].cpu(), name=name,
+                                 means=means, best=best, tokens=tokens)
 
 
 def brightness(word, aligned):
-    """What one word shows (P,), aligned of align -> (P,) in 0..1, how bright its patches are."""
+    """What one word shows (P,), aligned of align -> (P,) in 0..1, how bright its patches are.
+    Weights by their logarithm; similarities above the word's mean, as a share of the text's most"""
     if aligned.name != "similarity":
         return (word * len(word)).clamp(min=1).log2().div(math.log2(FULL)).clamp(max=1)
     tokens = aligned.shown[1:-1]  # all but [BOS] and [EOS]
@@ -102,19 +95,18 @@ def brightness(word, aligned):
 def find_words(tok, text, wanted=None, small=SMALL_WORDS):
     """-> [(word, positions of its tokens)]: the wanted words or phrases wherever they stand, or all
     words that are not small. Raises UserError if one that is wanted is not there."""
-    text, found, starts, ends, position = clean(text), [], {}, {}, 1
+    text, found, places, position = clean(text), [], {}, 1  # places: tokens before a character
     for piece in tok.words.finditer(text):  # "t-shirt" has three, a number as many as digits
-        starts[piece.start()] = position
+        places[piece.start()] = position
         position += len(tok.bpe(piece[0]))
-        ends[piece.end()] = position
+        places[piece.end()] = position
     words = {word.strip(".,;:!?()\"'") for word in text.split()} - {"", *small}
     for word in set(map(clean, wanted or words)):  # but not inside a longer number
-        for match in re.finditer(rf"(?<!\d(?=\d)){re.escape(word)}(?!(?<=\d)\d)", text):
-            if word and match.start() in starts and match.end() in ends:
-                found.append((word, list(range(starts[match.start()], ends[match.end()]))))
-    missing = [word for word in map(clean, wanted or ()) if word not in dict(found)]
-    if missing:
-        raise UserError(f"--words {' '.join(missing)}: not in the text {text!r}")
+        matches = re.finditer(rf"(?<!\d(?=\d)){re.escape(word)}(?!(?<=\d)\d)", text)
+        spans = [m.span() for m in matches if word and {*m.span()} <= set(places)]
+        if wanted and not spans:
+            raise UserError(f"--words {word}: not in the text {text!r}")
+        found += [(word, list(range(places[start], places[end]))) for start, end in spans]
     return sorted(found, key=lambda word: word[1])
 
 
@@ -131,19 +123,17 @@ def seen_words(run, sample, length):
 # ------------------------------------------------------------------------------------- panels
 def flow(items, width, gap=MARGIN):
     """Pictures side by side, as many as fit in width, the others below -> one picture."""
-    placed, x, y, tall = [], 0, 0, 0
+    out = Image.new("RGB", (width, sum(item.height + gap for item in items)), "white")
+    x, y, tall = 0, 0, 0
     for item in items:
         if x and x + item.width > width:
             x, y, tall = 0, y + tall + gap, 0
-        placed.append((item, (x, y)))
+        out.paste(item, (x, y))
         x, tall = x + item.width + gap, max(tall, item.height)
-    out = Image.new("RGB", (width, y + tall), "white")
-    for item, at in placed:
-        out.paste(item, at)
-    return out
+    return out.crop((0, 0, width, y + tall))
 
 
-def letters(text, colour="black", most=4000):
+def letters(text, colour="black", most=4 * (SIDE + MARGIN)):
     """A line of text as a picture, in smaller letters if it would be wider than `most`."""
     length = max(1, ImageFont.load_default(TEXT).getlength(text))
     font = ImageFont.load_default(TEXT * min(1, most / length))
@@ -185,12 +175,12 @@ def word_panel(picture, x, best, grid, hit=None, mask=None):
         for ink, size in (("black", 11), ("white", 7)):  # white, and black around that
             wide = inside.filter(ImageFilter.MaxFilter(size))
             out.paste(ink, (0, 0), ImageChops.subtract(wide, inside))
-    draw, r = ImageDraw.Draw(out), 8 if hit is None else 15
+    tick, cross = [(-8, 0), (-2, 6), (7, -6)], [(-6, -6), (6, 6), (0, 0), (6, -6), (-6, 6)]
+    marks = {True: (BLUE, 15, tick), False: (ORANGE, 15, cross), None: ("black", 8, [])}
+    draw, (ink, r, line) = ImageDraw.Draw(out), marks[hit]
     x, y = (best % grid + 0.5) * step, (best // grid + 0.5) * step
-    ink = {True: BLUE, False: ORANGE, None: "black"}[hit]
     draw.ellipse((x - r, y - r, x + r, y + r), ink, "white", 2)
-    line = {True: (-8, 0, -2, 6, 7, -6), False: (-6, -6, 6, 6, 0, 0, 6, -6, -6, 6), None: ()}[hit]
-    draw.line([(x + a, y + b) for a, b in zip(line[::2], line[1::2])], "white", 4)
+    draw.line([(x + a, y + b) for a, b in line], "white", 4)
     return out
 
 
@@ -207,64 +197,66 @@ def grid_panel(picture, best, marked, grid):
 
 
 # ---------------------------------------------------------------------------- align.png
-def align_row(run, sample, how, numbered, title):
+def align_row(run, sample, numbered, title):
     """One run, one sample -> text, panels, (hit, chance) of words with objects, what is shown."""
-    a, grid = align(run, sample.image, sample.text, how), run.model.visual.grid
-    picture, words = fit(sample.image, SIDE, how), seen_words(run, sample, len(a.tokens))
-    if sample.image.width == sample.image.height < 100:  # with hard edges where pixels are few
-        picture = sample.image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    image, grid = sample.image, run.model.visual.grid
+    a = align(run, image, sample.text)
+    words = seen_words(run, sample, len(a.tokens))
     marked = {p for _, at in words for p in at}
     text = [letters(f"{k} {token}" if numbered else token, RED if k in marked else GREY)
             for k, token in enumerate(a.tokens) if numbered or 0 < k < len(a.tokens) - 1]
-    if how == "crop" and sample.image.width != sample.image.height:
-        share = min(sample.image.size) / max(sample.image.size)
+    if image.width != image.height:
+        share = min(image.size) / max(image.size)
         text.append(letters(f"(the middle {share:.0%} of the picture)", GREY))
+    few = max(image.size) < 100  # pixels have hard edges then
+    picture = ImageOps.fit(image, (SIDE, SIDE), 0 if few else Image.Resampling.BICUBIC)
     panels, hits = [titled(title, picture)], []
-    if numbered:  # FILIP's Figure 2
+    if numbered:
         panels.append(titled("best token of each patch", grid_panel(picture, a.best, marked, grid)))
     for word, at in words:
-        x, thing, mask, hit = a.shown[at].mean(0), sample.things.get(word), None, None
-        if thing is not None:
-            mask, cover = sample.masks[thing], evaluation.patch_coverage(sample.masks, grid)
+        x, hit, mask = a.shown[at].mean(0), None, None
+        if word in sample.things:
+            thing, cover = sample.things[word], evaluation.patch_coverage(sample.masks, grid)
             found = evaluation.word_hits(x.argmax()[None], torch.tensor([thing]), cover)
             hits.append([number.item() for number in found])
-            hit = hits[-1][0]
-        word = f"{word} (mean of {len(at)} tokens)" if len(at) > 1 else word
+            hit, mask = hits[-1][0], sample.masks[thing]
+        title = f"{word} (mean of {len(at)} tokens)" if len(at) > 1 else word
         panel = word_panel(picture, brightness(x, a), int(x.argmax()), grid, hit, mask)
-        panels.append(titled(word, panel))
+        panels.append(titled(title, panel))
     return text, panels, hits, f"{a.name} ({a.means})."
 
 
-def align_sheet(runs, samples, path, how="crop"):
-    """samples: for each run, the same pictures -> the path of the PNG."""
-    numbered = any("keep" in OBJECTIVES[run.args.loss].options for run in runs)  # FILIP's
-    blocks, hits, names, said = [], {run.name: [] for run in runs}, {}, None
-    for shown in zip(*samples):
+def align_sheet(runs, samples, path):
+    """samples: for each run, the same pictures, of which the first are shown -> the PNG's path."""
+    numbered = any("filip" in run.args.loss for run in runs)
+    blocks, hits, legend, said = [], {run.name: [] for run in runs}, [], None
+    for shown in [*zip(*samples)][:SHEET]:
         for run, sample in zip(runs, shown):
             title = run.name if len(runs) > 1 else ""
-            text, panels, found, name = align_row(run, sample, how, numbered, title)
+            text, panels, found, name = align_row(run, sample, numbered, title)
             tokens = (sample.text, run.tok.vocab_size)  # another vocabulary may split it otherwise
             blocks += [[] if tokens == said else text, panels]
             hits[run.name] += found
-            names[name], said = True, tokens
-    columns = min(COLUMNS, max(map(len, blocks[1::2])))
+            legend.append(name)
+            said = tokens
+    columns = max(4, *map(len, blocks[1::2]))
     marks = "Dot: the word's best patch."
     if any(hits.values()):
         marks = "White line: the object that the word names. Tick: its best patch is on it."
-    blocks.append(lines(" ".join([*names, marks])))
+    blocks.append(lines(" ".join([*dict.fromkeys(legend), marks])))
     for name, found in hits.items():
         if found:
             good, chance = map(sum, zip(*found))
             blocks.append(lines(f"{name}: {good} of {len(found)} words have their best patch on "
                                 f"their object; random patches: {chance:.1f}"))
-    return sheet(blocks, path, max(4, columns))
+    return sheet(blocks, path, min(COLUMNS, columns))
 
 
 # ------------------------------------------------------------------------------- align.html
-def page_view(run, sample, how):
+def page_view(run, sample):
     """What the page needs of one picture as one run sees it."""
     grid, masks = run.model.visual.grid, sample.masks
-    a = align(run, sample.image, sample.text, how)
+    a = align(run, sample.image, sample.text)
     words = [{"word": word, "at": at, "thing": sample.things.get(word, -1)}
              for word, at in find_words(run.tok, sample.text, small=())
              if at[-1] < len(a.tokens) - 1]
@@ -290,20 +282,19 @@ def data_url(picture):
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def align_page(runs, samples, path, how="crop", curves=None):
+def align_page(runs, samples, path, curves=()):
     """Write the page, one file that needs no other. samples: as for align_sheet -> its path"""
-    pictures = [fit(sample.image, min(448, *sample.image.size), how) for sample in samples[0]]
+    pictures = [center_crop(sample.image, min(448, *sample.image.size)) for sample in samples[0]]
     data = {"full": FULL, "dim": DIM, "runs": [], "pictures": [*map(data_url, pictures)]}
     for run, mine in zip(runs, samples):
-        views = [page_view(run, sample, how) for sample in mine]
         sigma = evaluation.loss_options(run.args).get("sigma")
         sigma = 1 / run.model.visual.grid ** 2 if sigma is None else sigma
+        views = [page_view(run, sample) for sample in mine]
         data["runs"].append({"name": run.name, "sigma": sigma, "views": views})
     text = json.dumps(data).replace("<", "\\u003c")  # so no text can end the script
-    charts = ""
-    if curves:
-        charts = f'<img alt="what log.csv holds, over steps" src="{data_url(Image.open(curves))}">'
-    html = PAGE.replace("@CURVES@", charts).replace("@DATA@", text)
+    charts = [f'<img alt="what log.csv holds, over steps" src="{data_url(Image.open(chart))}">'
+              for chart in curves]
+    html = PAGE.replace("@CURVES@", "".join(charts)).replace("@DATA@", text)
     write(path, lambda temporary: pathlib.Path(temporary).write_text(html, encoding="utf-8"))
     return path
 
@@ -479,31 +470,28 @@ def draw_run(folders, data=None, n=6, device="cpu", out=None, images=None, how="
     n pictures of data, images: as for eval.evaluate; own: a Sample to draw in their place."""
     folders = [folders] if isinstance(folders, str) else folders
     runs, curves = open_runs(folders, device), []
-    args = runs[0].args
     if not (own or data):
-        data, images = evaluation.own_data(args)
-        if not data:
-            raise UserError(f"{folders[0]} was trained on {args.data}: name a picture with --image "
-                            f"and --text, or --data PATH")
-    sizes = [run.model.config["image_size"] for run in runs]
+        data, images = evaluation.own_data(folders[0], runs[0].args)
     if data == "scenes" and not own:
-        samples = [draw_scenes(n, args.seed, size) for size in sizes]
+        seed = runs[0].args.seed
+        samples = [draw_scenes(n, seed, run.model.config["image_size"]) for run in runs]
     else:  # the same for all runs, and read once
-        photos = [own] if own else read_photos(data, images, n, max(2 * SIDE, *sizes))
+        photos = [own] if own else read_photos(data, images, n)
+        if how == "pad":
+            photos = [x._replace(image=fit(x.image, max(x.image.size), how)) for x in photos]
         samples = [photos] * len(runs)
     out = out or evaluation.place(folders[0], "align.png")
-    align_sheet(runs, [some[:SHEET] for some in samples], out, how)
+    align_sheet(runs, samples, out)
     if not own and all(os.path.isfile(os.path.join(folder, "log.csv")) for folder in folders):
         curves = [draw_curves(folders, os.path.join(os.path.dirname(out), "curves.png"))]
-    page = align_page(runs, samples, os.path.splitext(out)[0] + ".html", how, *curves)
+    page = align_page(runs, samples, os.path.splitext(out)[0] + ".html", curves)
     return [out, page, *curves]
 
 
 def main():
     ap = argparse.ArgumentParser(description="Draw what runs have learned, into the first folder.")
     add = ap.add_argument
-    add("runs", nargs="+", metavar="RUN",
-        help="run folders, such as runs/sparc, or files of weights; `curves RUN ...` draws log.csv")
+    add("runs", nargs="+", metavar="RUN", help="folders, files of weights; or `curves RUN ...`")
     add("--image", help="a picture of your own")
     add("--text", help="what it shows, as in \"a photo of a balloon\"")
     add("--words", nargs="+", help="words or phrases to mark (default: all but a, on, left ...)")
@@ -516,18 +504,16 @@ def main():
     args, own = ap.parse_args(), None
     device = pick_device(args.device)
     if args.runs[0] == "curves" and len(args.runs) > 1:
-        print(draw_curves(args.runs[1:], args.out))
-        return
-    if bool(args.image) != bool(args.text):
-        raise UserError("--image and --text go together: a picture, and the text to align with it")
+        return print(draw_curves(args.runs[1:], args.out))
+    if bool(args.image) != bool(args.text) or (args.words and not args.image):
+        raise UserError("--image and --text go together: a picture, and the text to align with it; "
+                        "--words marks words of that text")
     if args.n < 1:
         raise UserError(f"--n {args.n}: at least one picture")
-    if args.words and not args.image:
-        raise UserError("--words marks words of --text, for the picture --image")
     if args.image:
         own = Sample(open_image(args.image, 2 * SIDE), args.text, args.words)
-        name = "align-" + os.path.splitext(os.path.basename(args.image))[0]
-        args.out = args.out or evaluation.place(args.runs[0], name + ".png")
+        name = f"align-{pathlib.Path(args.image).stem}.png"
+        args.out = args.out or evaluation.place(args.runs[0], name)
         if args.fit == "crop" and own.image.width != own.image.height:
             print(f"note: {args.image} is cut to a square: --fit pad shows all", file=sys.stderr)
     print(*draw_run(args.runs, args.data, args.n, device, args.out, args.images, args.fit, own))

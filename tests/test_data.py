@@ -4,6 +4,7 @@ each fault that people's files have, each picture mode, batches.
     pytest tests/test_data.py             # half a minute on one core
     pytest tests/test_data.py -k local    # PyramidCLIP's local view alone
     pytest tests/test_data.py -k colour   # what becomes of a picture's colours alone
+    pytest tests/test_data.py -k clean    # FILIP's cleaning alone
 
 The tokeniser is compared with a slow one written here. What scenes say is compared with what they
 draw.
@@ -28,14 +29,14 @@ import ftfy
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import model
 from data import (
-    BACKGROUNDS, COLOURS, FILLS, HELD_OUT, MEAN, SHAPES, SIZES, STD, BadRow, Batches, Scenes,
-    Tokenizer, center_crop, expand, filip_prompts, fit, join, normalize, open_dataset, open_image,
-    random_crop, random_window, word_tokens)
-from eval import sparc_prompts
+    BACKGROUNDS, COLOURS, FILLS, HELD_OUT, MEAN, POLICY, SHAPES, SIZES, STD, BadRow, Batches,
+    Scenes, Tokenizer, augment, center_crop, change, expand, filip_prompts, fit, join, mirrored,
+    normalize, open_dataset, open_image, random_crop, random_window, word_tokens)
+from eval import clean_table, sparc_prompts
 from model import BOS, BYTES, EOT, UserError, clean, word_pattern
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -46,6 +47,15 @@ TEXT = ("the cat sat on the mat, the cats sat; aaaa aaa banana bananas -- that h
 CONTENT = {*SHAPES, *COLOURS, *FILLS, *SIZES, *BACKGROUNDS}  # the words that name something
 RELATION = {"left", "right", "above", "below"}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def decode(tok, ids):
+    """Ids -> text. BOS, EOT and what follows EOT are dropped."""
+    ids = [*map(int, ids), tok.eot]
+    symbols = [tok.symbols[i] for i in ids[:ids.index(tok.eot)] if i != tok.bos]
+    text = "".join(symbols).replace("</w>", BYTES[ord(" ")])
+    byte = {character: b for b, character in BYTES.items()}
+    return bytes(byte[c] for c in text).decode("utf-8", errors="replace").strip()
 
 
 # ---------------------------------------------------------------------------------- the tokeniser
@@ -67,8 +77,8 @@ def test_vocabulary_and_cleaning():
 def test_round_trip(text):
     for tok in (PLAIN, Tokenizer.train([TEXT], 540)):
         ids, mask = tok(text)
-        told = tok.decode(ids[0])
-        assert told == tok.decode(tok.encode(text)) == " ".join(WORDS.findall(clean(text)))
+        told = decode(tok, ids[0])
+        assert told == decode(tok, tok.encode(text)) == " ".join(WORDS.findall(clean(text)))
         assert ids[0, 0] == tok.bos and ids[0, mask.sum() - 1] == tok.eot
 
 
@@ -77,7 +87,7 @@ def test_mask_and_truncation():
     a, b, f, g = (PLAIN.ids[s] for s in ("a</w>", "b</w>", "f</w>", "f"))
     assert ids[0].tolist() == [512, 0, 0, 0, 256, 513, 0, 0]  # id 0 is "!" as well as padding
     assert ids[2, :5].tolist() == [512, a, 513, b, 513]  # the mask ends at the first of two EOTs
-    assert PLAIN.decode(ids[2]) == "a"
+    assert decode(PLAIN, ids[2]) == "a"
     assert ids[3, 6:].tolist() == [f, 513]  # fits exactly
     assert ids[4, 6:].tolist() == [g, 513]  # too long: EOT overwrites the last
     assert mask.tolist() == [[k < n for k in range(8)] for n in (6, 2, 3, 8, 8)]
@@ -248,7 +258,7 @@ def test_every_word_names_its_thing():
         assert all(f"{t.colour} {t.shape}" in v["summary"] for t in s["things"])
         for tok in (PLAIN, learned):
             ids, at = tok(s["caption"], 300)[0][0], word_tokens(tok, s["words"])
-            assert [tok.decode(ids[p]) for p in at] == [w.text for w in s["words"]]
+            assert [decode(tok, ids[p]) for p in at] == [w.text for w in s["words"]]
             assert sum(at, []) == list(range(1, 1 + len(tok.encode(s["caption"]))))
 
 
@@ -454,7 +464,7 @@ def test_views_in_a_batch():
         assert np.allclose(regions[mask].numpy(), v["regions"]) and not regions[~mask].any()
         assert mask.sum() == len(v["regions"])
         for k in ("summary", "objects"):
-            assert PLAIN.decode(batch[k][row]) == v[k].replace(",", " ,")
+            assert decode(PLAIN, batch[k][row]) == v[k].replace(",", " ,")
             assert batch[f"{k}_mask"][row].sum() == len(PLAIN.encode(v[k])) + 2
 
 
@@ -540,7 +550,7 @@ def test_local_captions_are_the_captions_of_their_batch():
     assert plain["images"].equal(local["images"])
     assert local["images_l"].shape == local["images"].shape
     assert not local["images_l"].equal(local["images"])
-    before, after = ([PLAIN.decode(x) for x in batch["ids"]] for batch in (plain, local))
+    before, after = ([decode(PLAIN, x) for x in batch["ids"]] for batch in (plain, local))
     shorter = sum(len(b) < len(a) for a, b in zip(before, after))
     assert 0 < shorter < 40 and sum(a == b for a, b in zip(before, after)) > 20
     for k in ("summary", "objects", "regions"):
@@ -570,7 +580,7 @@ def test_the_summary_is_of_the_drawn_caption(tmp_path):
     batches = Batches(pairs, PLAIN, 2, 24, 77, min_area=0.9, views=True, local_area=0.5)
     drawn = [batches[k] for k in range(8)]
     assert all(b["ids"].equal(b["summary"]) for b in drawn)  # one clause each
-    texts = {PLAIN.decode(x) for b in drawn for x in b["ids"]}
+    texts = {decode(PLAIN, x) for b in drawn for x in b["ids"]}
     assert texts == {"one", "two", "three"}
 
 
@@ -633,8 +643,8 @@ def test_the_shares_of_the_ranks_make_up_the_global_batch():
     for step in (0, 4):
         shares = [b[step] for b in ranks]
         assert torch.cat([s["images"] for s in shares]).equal(whole[step]["images"])
-        texts = [PLAIN.decode(x) for s in shares for x in s["ids"]]
-        assert texts == [PLAIN.decode(x) for x in whole[step]["ids"]]
+        texts = [decode(PLAIN, x) for s in shares for x in s["ids"]]
+        assert texts == [decode(PLAIN, x) for x in whole[step]["ids"]]
 
 
 def test_batches_that_cannot_be(tmp_path):
@@ -655,7 +665,7 @@ def test_bad_samples_are_replaced(tmp_path):
         assert batch["images"].equal(torch.cat([s["images"] for s in shares]))
         where, what, reason = batch["bad"][0]
         assert where.endswith("d.csv line 3") and what == "b.jpg" and "identify" in reason
-        assert {PLAIN.decode(x) for x in batch["ids"]} <= {"one", "three"}
+        assert {decode(PLAIN, x) for x in batch["ids"]} <= {"one", "three"}
     (tmp_path / "a.png").write_text("broken")  # a sentence comes back: workers can't raise cleanly
     assert list(whole[3]) == ["error"] and "no picture of a hundred" in whole[3]["error"]
 
@@ -672,6 +682,196 @@ def test_crops_and_normalisation():
     assert torch.allclose(back, torch.tensor([[0.0], [1.0]]), atol=1e-6)
     assert MEAN == (0.48145466, 0.4578275, 0.40821073)
     assert STD == (0.26862954, 0.26130258, 0.27577711)
+
+
+PUBLISHED = """
+    posterize 0.4 8 rotate 0.6 9          | solarize 0.6 5 autocontrast 0.6 5
+    equalize 0.8 8 equalize 0.6 3         | posterize 0.6 7 posterize 0.6 6
+    equalize 0.4 7 solarize 0.2 4         | equalize 0.4 4 rotate 0.8 8
+    solarize 0.6 3 equalize 0.6 7         | posterize 0.8 5 equalize 1.0 2
+    rotate 0.2 3 solarize 0.6 8           | equalize 0.6 8 posterize 0.4 6
+    rotate 0.8 8 color 0.4 0              | rotate 0.4 9 equalize 0.6 2
+    equalize 0.0 7 equalize 0.8 8         | invert 0.6 4 equalize 1.0 8
+    color 0.6 4 contrast 1.0 8            | rotate 0.8 8 color 1.0 2
+    color 0.8 8 solarize 0.8 7            | sharpness 0.4 7 invert 0.6 8
+    shearx 0.6 5 equalize 1.0 9           | color 0.4 0 equalize 0.6 3
+    equalize 0.4 7 solarize 0.2 4         | solarize 0.6 5 autocontrast 0.6 5
+    invert 0.6 4 equalize 1.0 8           | color 0.6 4 contrast 1.0 8
+    equalize 0.8 8 equalize 0.6 3"""
+
+
+def test_the_policy_is_the_published_one():
+    ours = [[(name.lower(), float(p), int(m)) for name, p, m in map(str.split, pair)]
+            for pair in POLICY]
+    words = PUBLISHED.replace("|", "").split()
+    flat = [(words[k], float(words[k + 1]), int(words[k + 2])) for k in range(0, len(words), 3)]
+    assert len(ours) == 25 and [step for pair in ours for step in pair] == flat
+
+
+def changed(x, name, strength, sign=1):
+    """What an operation makes of pixels (H, W, 3)."""
+    return np.asarray(change(Image.fromarray(x.astype(np.uint8)), name, strength, sign)).astype(int)
+
+
+def test_operations_on_brightness():
+    ramp = np.arange(256).repeat(3).reshape(1, 256, 3)
+    assert (changed(ramp, "Invert", 0.3) == 255 - ramp).all()
+    for m in range(10):
+        bits, first = 8 - round(4 * m / 9), 256 - round(256 * m / 9)
+        assert (changed(ramp, "Posterize", m / 9) == ramp >> (8 - bits) << (8 - bits)).all()
+        solarized = np.where(ramp >= first, 255 - ramp, ramp)
+        assert (changed(ramp, "Solarize", m / 9) == solarized).all()
+    assert (changed(ramp, "Solarize", 0) == ramp).all()  # and nothing at all changes
+    assert (changed(ramp, "Solarize", 1) == 255 - ramp).all()
+    dull = 100 + ramp // 4  # 100 to 163
+    stretched = changed(dull, "AutoContrast", 0)
+    assert stretched.min() == 0 and stretched.max() >= 254  # Pillow rounds down
+    assert (np.diff(stretched[0, :, 0]) >= 0).all()
+    even = changed(dull.repeat(80, 0), "Equalize", 0)  # as many pixels in each quarter
+    assert abs(np.histogram(even[..., 0], 4, (0, 256))[0] - 80 * 64).max() < 80 * 5
+
+
+@pytest.mark.parametrize("strength, factor", [(0, 0.1), (0.5, 1.0), (1, 1.9)])
+def test_operations_by_a_factor(strength, factor):
+    """Colour, contrast and sharpness are moved away from a grey, even or smoothed picture."""
+    x = np.random.RandomState(1).randint(80, 140, (20, 30, 3))
+    grey = (x @ (299, 587, 114) / 1000)[..., None]
+    for name, base in (("Color", grey), ("Contrast", grey.mean())):
+        assert abs(changed(x, name, strength) - (base + factor * (x - base))).max() <= 2
+    spread = changed(x, "Sharpness", strength)[1:-1, 1:-1].std() / x[1:-1, 1:-1].std()
+    assert (spread < 0.9, spread > 1.1) == (factor < 1, factor > 1)
+
+
+def test_operations_that_move():
+    """A white dot turns about the middle, a white column leans; what comes in is grey."""
+    x = np.zeros((61, 61, 3))
+    x[30, 50] = 255  # 20 to the right of the middle
+    for sign in (1, -1):
+        turned = changed(x, "Rotate", 1, sign)  # by 30 degrees, so up or down by 10
+        y0, x0 = np.argwhere(turned[..., 0] == 255)[0]
+        assert abs(y0 - (30 - sign * 10)) <= 1 and abs(x0 - (30 + 17.3)) <= 1
+        assert (turned[0, 0] == 128).all() and (changed(x, "Rotate", 0, sign) == x).all()
+    x[:, 30] = 255
+    for sign in (1, -1):
+        sheared = changed(x, "ShearX", 1, sign)[..., 0]
+        at = [int(np.argwhere(row == 255)[0][0]) for row in sheared]
+        assert at[0] == 30 and abs(at[60] - (30 - sign * 18)) <= 1  # 0.3 of 60 rows
+        assert set(np.unique(sheared)) == {0, 128, 255}
+
+
+def test_augment_draws_every_pair_with_its_probabilities():
+    """By r alone; each pair is as likely, and an operation is done as often as it says."""
+    im = noise()
+    assert augment(im, random.Random(3)).tobytes() == augment(im, random.Random(3)).tobytes()
+    changes = sum(augment(im, random.Random(k)).tobytes() != im.tobytes() for k in range(400))
+    left = [np.prod([1 - float(step.split()[1]) for step in pair]) for pair in POLICY]
+    assert abs(changes / 400 - (1 - np.mean(left))) < 0.06  # 3 deviations
+    assert {augment(im, random.Random(k)).size for k in range(40)} == {im.size}
+
+
+def test_a_mirrored_sample():
+    boxes = np.array([[0.1, 0.2, 0.4, 0.5], [0.5, 0.0, 1.0, 1.0]], np.float32)
+    regions = np.concatenate([np.ones((2, 2048), np.float32), boxes], axis=1)
+    sample = {"images": "x", "regions": regions.copy(), "summary": "left", "objects": "right shoe",
+              "caption": ["Left of a bright lamp, upright, right-handed", "leftover"]}
+    told = mirrored(sample)
+    assert told["caption"] == ["right of a bright lamp, upright, left-handed", "leftover"]
+    assert (told["summary"], told["objects"], told["images"]) == ("right", "left shoe", "x")
+    expected = [[0.6, 0.2, 0.9, 0.5], [0.0, 0.0, 0.5, 1.0]]
+    assert np.allclose(told["regions"][:, -4:], expected) and (told["regions"][:, :-4] == 1).all()
+
+
+SIDED = ("image,caption,summary,objects\n" + "a.png,a dog left of a cat,dog left,left ear\n"
+         + "b.jpg,a bright right hand,right hand,hand\n")
+
+
+def test_flips_in_batches(tmp_path):
+    """Half of the pictures are mirrored, both views alike, and exactly their texts change sides."""
+    pairs = open_dataset(write_csv(tmp_path, SIDED))
+    flips = 0
+    for step in range(30):
+        plain, flip = (Batches(pairs, PLAIN, 2, 24, 77, views=True, flip=f) for f in (False, True))
+        a, b = plain[step], flip[step]
+        for row in (0, 1):
+            same, turned = (b["images"][row].equal(x) for x in (a["images"][row],
+                                                                a["images"][row].flip(-1)))
+            assert same != turned
+            flips += turned
+            for name in ("ids", "summary", "objects"):
+                before, after = (decode(PLAIN, x[name][row]) for x in (a, b))
+                other = before.replace("left", "#").replace("right", "left").replace("#", "right")
+                wanted = (before if same else other).replace("bleft", "bright")
+                assert after == wanted
+    assert 15 < flips < 45
+    whole = Batches(pairs, PLAIN, 2, 24, 77, min_area=1.0, views=True, local_area=1.0, flip=True)
+    r = random.Random("0/0/0")
+    pairs.pair(0, r)
+    flipped = r.random() < 0.5
+    picture = ImageOps.mirror(pairs.open(0)) if flipped else pairs.open(0)
+    views = [random_crop(picture, 24, 1.0, r) for _ in range(2)]  # both of the same flip
+    sample = whole.sample(0, 0)
+    assert [v.tobytes() for v in views] == [sample[k].tobytes() for k in ("images", "images_l")]
+
+
+def test_what_is_off_changes_nothing_and_scenes_refuse(tmp_path):
+    pairs = open_dataset(write_csv(tmp_path, SIDED))
+    options = {"min_area": 0.5, "views": True, "local_area": 0.5}
+    plain = Batches(pairs, PLAIN, 2, 24, 77, **options)[3]
+    off = {"captions": 1, "flip": False, "augment": False}
+    again = Batches(pairs, PLAIN, 2, 24, 77, **options, **off)[3]
+    assert plain.keys() == again.keys() and all(plain[k].equal(again[k]) for k in plain)
+    for one in ({"captions": 2}, {"flip": True}, {"augment": True}):
+        changed = [Batches(pairs, PLAIN, 2, 24, 77, **options, **one)[k] for k in range(6)]
+        assert not all(equal(b, Batches(pairs, PLAIN, 2, 24, 77, **options)[k])
+                       for k, b in enumerate(changed))
+        refuse(["files of pictures", "scenes"], batches, **one)
+
+
+WORDED = ('image,caption,summary,paraphrases\na.png,one,short,eins | uno |  \nb.jpg,two,,\n'
+          'a.png,three,,\n')
+
+
+def test_paraphrases(tmp_path):
+    """Training draws each text as often, evaluation knows the captions alone."""
+    pairs = open_dataset(write_csv(tmp_path, WORDED))
+    assert pairs.captions == [["one", "three"], ["two"]] and not pairs.bad
+    assert pairs.told == [["one", "eins", "uno", "three"], ["two"]]
+    assert pairs.texts() == ["one", "eins", "uno", "three", "two"] and pairs.pair(0)[1] == "one"
+    r = random.Random(0)
+    drawn = collections.Counter(pairs.pair(0, r)[1] for _ in range(400))
+    assert set(drawn) == {"one", "three", "eins", "uno"} and min(drawn.values()) > 70
+    for text, summary in (("one", "short"), ("uno", "short"), ("three", "three")):
+        assert pairs.views(0, None, text)["summary"] == summary
+    lines = [{"image": "a.png", "caption": ["one", "three"], "paraphrases": ["eins", "uno"]},
+             {"image": "b.jpg", "caption": "two", "paraphrases": ["deux", "", 5, "zwei"]}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    other = open_dataset(tmp_path / "d.jsonl")
+    assert other.captions == pairs.captions
+    assert other.told == [["one", "three", "eins", "uno"], ["two", "deux", "zwei"]]
+    assert [bad.reason for bad in other.bad] == ["the paraphrase of b.jpg is empty or no text"] * 2
+    plain = open_dataset(write_csv(tmp_path, WORDED.replace("eins | uno", "")))
+    assert plain.fingerprint() != pairs.fingerprint()
+
+
+def test_several_captions_of_a_picture_in_a_step(tmp_path):
+    """The k of a picture lie in a row; different ones where there are enough."""
+    pairs = open_dataset(write_csv(tmp_path, WORDED))
+    own = {0: {"one", "three", "eins", "uno"}, 1: {"two"}}
+    seen = set()
+    for k in (2, 4, 5):
+        batch = Batches(pairs, PLAIN, 2, 24, 77, captions=k, views=True)
+        for step in range(8):
+            told, numbers = batch[step], [batch.number(2 * step + n)[1] for n in (0, 1)]
+            assert told["ids"].shape[0] == told["mask"].shape[0] == 2 * k
+            assert told["summary"].shape[0] == 2
+            for row, i in enumerate(numbers):
+                texts = [decode(PLAIN, x) for x in told["ids"][row * k:row * k + k]]
+                assert set(texts) <= own[i] and len(texts) == k
+                assert k == 5 or i == 1 or len(set(texts)) == k
+                summary = {"one": "short", "eins": "short", "uno": "short"}.get(texts[0], texts[0])
+                assert decode(PLAIN, told["summary"][row]) == summary
+                seen |= set(texts)
+    assert seen == own[0] | own[1]
 
 
 # ------------------------------------------------------------------------------- the kinds of files
@@ -887,7 +1087,7 @@ def test_a_shard_with_a_bad_picture_and_one_without_text(tmp_path):
 
 
 def texts_of(batch):
-    return [PLAIN.decode(x).replace(" ", "") for x in batch["ids"]]
+    return [decode(PLAIN, x).replace(" ", "") for x in batch["ids"]]
 
 
 def test_three_ranks_of_two_workers_see_each_sample_once(tmp_path):
@@ -927,8 +1127,8 @@ def test_the_fingerprint_is_of_names_and_captions(tmp_path):
     first = open_dataset(write_csv(tmp_path)).fingerprint()
     rows = "image,caption\n./a.png,one\nb.jpg, two\na.png,three\n"
     assert open_dataset(write_csv(tmp_path, rows)).fingerprint() == first
-    for change in (("three", "four"), ("one", "three"), ("b.jpg", "a.png")):
-        changed = open_dataset(write_csv(tmp_path, rows.replace(*change)))
+    for edit in (("three", "four"), ("one", "three"), ("b.jpg", "a.png")):
+        changed = open_dataset(write_csv(tmp_path, rows.replace(*edit)))
         assert changed.fingerprint() != first
     (tmp_path / "d.csv").rename(tmp_path / "e.csv")
     os.chdir(tmp_path)
@@ -953,10 +1153,10 @@ def test_marks_belong_to_words_in_learned_vocabularies():
     nine = ("कुत्ता हिंदी में पानी "
             "की किताब के नीचे है")
     learned = Tokenizer.train([nine] * 3, 5000)
-    assert len(learned.encode(nine)) == 9 and learned.decode(learned.encode(nine)) == nine
+    assert len(learned.encode(nine)) == 9 and decode(learned, learned.encode(nine)) == nine
     assert len(WORDS.findall(nine)) > 20  # the published pattern cuts at each mark
     published = Tokenizer([f"q{i} z" for i in range(48894)])
-    assert published.words == WORDS and published.decode(published.encode(nine)) != nine
+    assert published.words == WORDS and decode(published, published.encode(nine)) != nine
     for text in ("กินน้ำ", "مُحَمَّد", "❤️ it's 👩‍🚀"):
         assert "".join(learned.words.findall(text)) == text.replace(" ", "")
 
@@ -1124,3 +1324,68 @@ def test_check_reads_and_counts_everything(tmp_path):
     assert [row[0] for row in told] == ["where", *(f"d.csv line {n}" for n in (5, 6, 8, 3))]
     with pytest.raises(UserError):
         open_dataset(tmp_path / "none")
+
+
+# --------------------------------------------------------------------------------- FILIP's cleaning
+def table_of_faults(folder):
+    """A table in which each rule is broken; one caption may break several -> its path."""
+    sizes = {"good.png": (300, 200), "small.jpg": (500, 199), "wide.png": (601, 200),
+             "edge.png": (600, 200), "thin.png": (199, 900)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(folder / name)
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    rows = [("good.png", text) for text in (
+        "a dog", "A dog, running.", "img_0.jpg", "DSC0012.JPG", "12/05", "...",  # 4 without words
+        "Ein Hund im Park", "une femme dans la rue", "собака на пляже",
+        "一只狗",  # 4 not English
+        "café au lait in Paris with friends", "Rio de Janeiro")]
+    rows += [("edge.png", "Repeated often")] * 6 + [("good.png", "repeated OFTEN")] * 5
+    rows += [("edge.png", "ten times")] * 10
+    rows += [("small.jpg", "a cat"), ("small.jpg", "img_0.jpg"), ("thin.png", "small comes first"),
+             ("wide.png", "a wide one"), ("broken.jpg", "repeated often"), ("none.png", "x y")]
+    with open(folder / "in.csv", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([("image", "caption"), *rows])
+    return folder / "in.csv"
+
+
+def counts_of(said):
+    return [int(line.split()[0].replace(",", "")) for line in said.splitlines()]
+
+
+def test_clean_counts_each_rule(tmp_path, capsys):
+    """Equal to a count by hand, each caption under the first rule that it breaks."""
+    path = table_of_faults(tmp_path)
+    before, out = path.read_bytes(), tmp_path / "deeper/out.csv"
+    out.parent.mkdir()
+    command = [sys.executable, HERE / "data.py", "clean", "in.csv", "deeper/out.csv"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    # faults of rows, unread, small, long, without words, foreign, repeated, kept, pictures kept
+    assert counts_of(run.stdout) == [1, 1, 3, 1, 4, 4, 11, 14, 2], run.stdout
+    assert "200 pixels" in run.stdout and path.read_bytes() == before
+    kept = open_dataset(out)  # from where it lies
+    assert kept.images == ["../good.png", "../edge.png"] and not kept.bad
+    assert kept.captions == [["a dog", "A dog, running.", "café au lait in Paris with friends",
+                              "Rio de Janeiro"], ["ten times"] * 10]
+    assert kept.open(1).size == (600, 200)
+    clean_table(path, None, str(tmp_path / "all.csv"), 100)
+    said = capsys.readouterr().out
+    assert counts_of(said) == [1, 1, 0, 2, 5, 4, 11, 15, 3] and "100 pixels" in said
+
+
+def test_clean_spoils_nothing(tmp_path, monkeypatch):
+    """What is there stays, and what can't be done is one sentence."""
+    before = table_of_faults(tmp_path).read_bytes()
+    monkeypatch.chdir(tmp_path)
+    os.symlink("in.csv", "link.csv")
+    os.symlink("in.csv", "x.csv.tmp")
+    write_shards(tmp_path, photos(tmp_path, 2), 1)
+    for path, out, said in (("in.csv", "in.csv", "is there already"),
+                            ("in.csv", "link.csv", "is there already"),
+                            ("in.csv", "x.csv", "is there already"),
+                            ("none.csv", "out.csv", "no such file"),
+                            ("in.csv", "none/out.csv", "can't write none/out.csv"),
+                            ("shards", "out.csv", "unpack them first")):
+        refuse([said], clean_table, path, None, out, 200)
+    assert (tmp_path / "in.csv").read_bytes() == before
+    assert not (tmp_path / "out.csv").exists()

@@ -13,6 +13,7 @@ import sys
 import types
 import pytest
 import torch
+
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 import eval as evaluation
@@ -234,7 +235,7 @@ def test_segmentation_is_the_loop(loss):
         if loss == "filip":
             scores = [max(cosine(V[p], word) for word in T[c][M[c]]) for c in range(5)]
         want.append(max(range(5), key=scores.__getitem__))
-    assert evaluation.segment(OBJECTIVES[loss], V, t, T, M).tolist() == want
+    assert evaluation.patch_scores(OBJECTIVES[loss], V, t, T, M).argmax(1).tolist() == want
     assert len(set(want)) == 5
 
 
@@ -243,6 +244,39 @@ def test_patch_coverage_by_hand():
     masks = torch.stack([first, torch.zeros(4, 4)]).bool()
     assert evaluation.patch_coverage(masks, 2).tolist() == [[1, 0.25, 0, 0.5], [0] * 4]
     assert evaluation.patch_coverage(masks, 4)[0].tolist() == masks[0].flatten().tolist()
+
+
+def slow_ious(label, truth, grid):
+    """Of each class in the truth, by sets of pixels."""
+    true, found = {}, {}
+    for y, row in enumerate(truth):
+        for x, k in enumerate(row):
+            true.setdefault(k, set()).add((y, x))
+            patch = y * grid // len(truth) * grid + x * grid // len(row)
+            found.setdefault(label[patch], set()).add((y, x))
+    return [len(true[k] & found.get(k, set())) / len(true[k] | found.get(k, set()))
+            for k in sorted(true)]
+
+
+@pytest.mark.parametrize("size", [(3, 3), (8, 13), (13, 4)])
+def test_ious_of_classes_are_the_loop(size):
+    """A mask of another size than the grid of 3 x 3; classes 3 and 5 are absent."""
+    g = torch.Generator().manual_seed(sum(size))
+    truth = torch.tensor([0, 1, 2, 4])[torch.randint(0, 4, size, generator=g)]
+    label = torch.randint(0, 6, (9,), generator=g)
+    masks = truth == torch.arange(6)[:, None, None]
+    ious = evaluation.object_ious(label, masks)[masks.any(2).any(1)]
+    assert ious.tolist() == pytest.approx(slow_ious(label.tolist(), truth.tolist(), 3))
+
+
+def test_foreground_by_hand():
+    """Each object's scores run from 0 to 1 over the patches, wherever they lie; 2 is no object."""
+    scores = torch.tensor([[0.1, 5.0], [0.3, 5.1], [0.2, 9.0], [0.1, 6.0]])
+    assert evaluation.foreground(scores, 0.8).tolist() == [2, 0, 1, 2]
+    assert evaluation.foreground(scores, 0.2).tolist() == [2, 0, 1, 1]
+    assert evaluation.foreground(scores, 0).tolist() == [0, 0, 1, 1]
+    alike = torch.full((3, 2), 0.7)
+    assert evaluation.foreground(alike, 0.5).tolist() == [2, 2, 2], "nothing stands out"
 
 
 def test_patches_and_words_by_hand():
@@ -285,10 +319,10 @@ class Oracle:
         self.config, self.visual = {"image_size": 56}, types.SimpleNamespace(grid=7)
         self.logit_scale, self.known = torch.tensor(2.66), {}
         one, four = (Scenes(n, 0, 56, "test", (k, k), unique=False) for k in (1, 4))
-        for scenes in (Scenes(n, 0, 56, "test"), Scenes(n, 0, 56, "composition"), one):
-            for i in range(n):
-                s = scenes[i]
-                self.known[s["image"].tobytes()] = s
+        many = Scenes(2 * n, 0, 56, "train", (1, 1), unique=False, family=1)
+        whole = (Scenes(n, 0, 56, split) for split in ("test", "val", "composition"))
+        for s in itertools.chain(one, many, *whole):
+            self.known[s["image"].tobytes()] = s
         for spec, k in itertools.product(map(four.spec, range(n // 4)), (1, 2, 3, 4)):
             spec = spec | {"things": spec["things"][:k]}
             self.known[four.draw(spec).tobytes()] = spec | {"masks": four.masks(spec)}
@@ -334,7 +368,7 @@ def run_args(loss):
 
 
 def measure(model, loss="sparc", n=80):
-    m = evaluation.on_scenes(model, TOK, run_args(loss), n, progress=False)
+    m = evaluation.on_scenes(model, TOK, run_args(loss), n)
     assert 5 < m["alignment"]["chance"] < 15
     return m
 
@@ -361,6 +395,7 @@ def test_alignment_of_the_oracle_and_of_shuffled_patches(monkeypatch, loss):
     assert good["segmentation"]["miou"] > 40 > 20 > bad["segmentation"]["miou"]
     assert min(good["classification"].values()) > 98
     assert good["segmentation"]["miou_objects"] < good["segmentation"]["miou"]
+    assert good["segmentation"]["miou_threshold"] == good["segmentation"]["miou"]
     if loss == "sparc":
         assert set(good["composition"].values()) == set(good["faithfulness"].values()) == {100}
         assert set(good["retrieval"].values()) == {100} and 0 <= aligned["drop_k2"] <= 100
@@ -385,7 +420,7 @@ def test_segmentation_uses_h_v_only_where_the_run_trained_it(loss, through_h, us
 
 
 def measure_segmentation(model, loss):
-    return evaluation.on_scenes(model, TOK, run_args(loss), 20, progress=False)["segmentation"]
+    return evaluation.on_scenes(model, TOK, run_args(loss), 20)["segmentation"]
 
 
 def slow_drops(weights):
@@ -451,7 +486,7 @@ def test_local_gap():
 
     def measure_gap(V):
         scale = torch.tensor(2.66).exp()
-        m = evaluation.local_gap(OBJECTIVES["sparc"], None, options, scale, t, V, t, T, M, batch=15)
+        m = evaluation.local_gap(OBJECTIVES["sparc"], None, options, scale, t, V, t, T, M)
         assert m["local_gap"] == m["local_shuffled"] - m["local"]
         return m["local"], m["local_shuffled"]
     matched, shuffled = measure_gap(T[:, torch.randperm(6, generator=g)])
@@ -490,8 +525,9 @@ def test_evaluate_an_untrained_run(tmp_path):
     assert sorted(os.listdir(folder)) == ["last.pt", "metrics.json"]
     recalls = {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
     words = {"colour_word_acc", "shape_word_acc", "patch_word_acc"}
-    contract = {"retrieval": recalls, "classification": {"shape", "colour"},
-                "segmentation": {"miou", "patch_acc"}, "faithfulness": {"k_p", "k_pna"},
+    kinds, patches = {"shape", "colour"}, {"miou", "miou_objects", "miou_threshold", "patch_acc"}
+    contract = {"retrieval": recalls, "classification": kinds, "segmentation": patches,
+                "faithfulness": {"k_p", "k_pna"},
                 "composition": {"swap_acc", "unseen_i2t_r1", "unseen_swap_acc", "count_acc"},
                 "alignment": words | {"local_gap", "drop_k2", "drop_k3", "drop_k4"}}
     for group, keys in contract.items():
@@ -675,8 +711,9 @@ def test_class_folders_by_hand(tmp_path, by_hand, capsys):
     got = classify_folder(folder, run, prompts="the {}")
     assert got == pytest.approx({"class": 40, "per_class": 50, "top5": 100})
     assert {"the a 0", "the b 1", "the c  2", "the d 0"} < set(by_hand)
-    assert "1 folders without pictures are left out; the first: nothing_here" in (
-        capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert "1 folders without pictures are left out; the first: nothing_here" in said
+
 
 
 def test_names_from_classes_txt(tmp_path, by_hand):

@@ -151,7 +151,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "tiny"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("tiny", "small")])
 def test_parameter_counts(name):
     with torch.device("meta"):                                             # shapes without memory
         m = build(name)
@@ -791,7 +791,7 @@ def test_a_files_code_is_never_run(protocol, tmp_path):
 def test_a_files_classes_only_hold_tensors(module, name):
     """Whatever a file names becomes a Bag: no function of that name."""
     found = _TensorsOnly.__new__(_TensorsOnly).find_class(module, name)
-    assert found.__bases__ == (_TensorsOnly.Bag,)
+    assert found is _TensorsOnly.Bag
 
 
 # ------------------------------------------------------------------ another program, another size

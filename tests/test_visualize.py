@@ -14,12 +14,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 import eval as evaluation
 import visualize
 from data import Scenes
 from losses import sparc_alignment
 from model import UserError
+from test_data import decode
 from test_eval import TOK, make_run
 
 SIDE, STEP, LETTER = visualize.SIDE, visualize.SIDE + visualize.MARGIN, 28  # of panels, of a line
@@ -167,7 +168,8 @@ def test_outline_and_mark_of_a_word():
     mask = torch.zeros(56, 56, dtype=torch.bool)
     mask[16:32, 8:24] = True  # pixels 80:160, 40:120 of the panel
     red = Image.new("RGB", (SIDE, SIDE), (255, 0, 0))
-    for hit, ink in ((True, visualize.BLUE), (False, visualize.ORANGE), (None, (0, 0, 0))):
+    for hit, ink in ((True, visualize.BLUE), (False, visualize.ORANGE), (None, "black")):
+        ink = ImageColor.getrgb(ink)
         panel = np.asarray(visualize.word_panel(red, torch.ones(49), 48, 7, hit, mask))
         assert (panel[80:160, 40:120] == (255, 0, 0)).all()
         white = (panel == 255).all(2)
@@ -195,7 +197,7 @@ def test_hits_are_the_loop(run):
     opened, = visualize.open_runs([run])
     sample, = visualize.draw_scenes(1, 3, opened.model.config["image_size"])
     a = visualize.align(opened, sample.image, sample.text)
-    _, panels, hits, _ = visualize.align_row(opened, sample, "crop", False, "")
+    _, panels, hits, _ = visualize.align_row(opened, sample, False, "")
     assert len(sample.wanted) == 4 == len(hits) and len(panels) == 5
     words = visualize.find_words(opened.tok, sample.text, sample.wanted)
     for (word, (l,)), (hit, chance) in zip(words, hits):
@@ -220,7 +222,7 @@ def test_a_word_of_several_tokens_shows_their_mean(run, monkeypatch):
     shown, text = spy_on_panels(monkeypatch), "a giraffe and a red star"
     opened, = visualize.open_runs([run])
     picture = Image.new("RGB", (56, 56), "teal")
-    visualize.align_row(opened, visualize.Sample(picture, text, ["giraffe"]), "crop", False, "")
+    visualize.align_row(opened, visualize.Sample(picture, text, ["giraffe"]), False, "")
     s = visualize.align(opened, picture, text).shown
     (_, at), = visualize.find_words(TOK, text, ["giraffe"])
     assert len(at) > 1 and torch.allclose(shown[0], sum(s[p] for p in at) / len(at))
@@ -335,7 +337,7 @@ def test_curves(run, tmp_path, monkeypatch):
     assert drawn[0] == [[(20, 4), (40, 3), (60, 2)], [(20, 8), (40, 3), (60, 2)]]
     assert drawn[2] == [[(40, 9)], [(40, 9)]]
     pixels = set(map(tuple, np.asarray(Image.open(tmp_path / "c.png")).reshape(-1, 3)))
-    assert {visualize.COLOURS[0], visualize.COLOURS[1]} <= pixels
+    assert {*map(ImageColor.getrgb, visualize.COLOURS[:2])} <= pixels
     paths = visualize.draw_run([run], n=1)
     assert paths[2] == os.path.join(run, "curves.png") and os.path.isfile(paths[2])
     page = pathlib.Path(paths[1]).read_text()
@@ -354,7 +356,7 @@ def test_words():
     assert visualize.find_words(TOK, "a red star", ["a"]) == [("a", [1])]
     (word, at), = visualize.find_words(TOK, "a giraffe")  # a word of several tokens
     assert word == "giraffe" and len(at) > 1
-    assert TOK.decode(TOK("a giraffe")[0][0, at]) == "giraffe"
+    assert decode(TOK, TOK("a giraffe")[0][0, at]) == "giraffe"
 
 
 @pytest.mark.parametrize("wanted, decoded", [
@@ -365,7 +367,7 @@ def test_words_are_what_people_call_words(wanted, decoded):
     text = "10 dogs in a man’s T-shirt eat ice cream, 2100 m high"
     (word, at), = visualize.find_words(TOK, text, [wanted])
     assert word == " ".join(wanted.lower().split())
-    assert TOK.decode(TOK(text, 77)[0][0, at]) == decoded
+    assert decode(TOK, TOK(text, 77)[0][0, at]) == decoded
 
 
 def test_words_that_are_not_there():
@@ -575,7 +577,7 @@ def test_hits_are_counted_and_runs_switch(browser, page):
     for k, run in enumerate(runs):
         choose(browser, k)
         hits = [hit for sample in samples[k]
-                for hit in visualize.align_row(run, sample, "crop", False, "")[2]]
+                for hit in visualize.align_row(run, sample, False, "")[2]]
         said = browser.run("find('#score').textContent")
         assert said.startswith(f"{sum(hit for hit, _ in hits)} of {len(hits)} words")
         ticks = browser.run("[...document.querySelectorAll('button')].map(b => b.textContent)")
