@@ -5,13 +5,14 @@
     python data.py check photos/train.csv # read everything once and list what can't be used
     python data.py clean photos/train.csv photos/clean.csv # take out what FILIP's rules forbid
 
-Covers: FILIP 3.1.2 (prompts, eq. 6), 3.2 (AutoAugment, several texts a picture), 3.3 (cleaning),
+Covers: FILIP 3.1.2 (prompts, eq. 6), 3.2 (several texts a picture), 3.3 (cleaning),
 PyramidCLIP 3.1 to 3.3 (summary, global and local view, object phrases, regions), SPARC 4.1.
 
 Differs from the papers: they train on 15 million pairs (PyramidCLIP's ablations) to 6.1 billion
 (SPARC's three sets), `Scenes` draws its own. Rules stand in for FILIP's translator, PyramidCLIP's
 T5 and its detector, whose features are a random projection here; files may bring their own (see
-Pairs). Files get a random crop by default, SPARC uses none.
+Pairs). Files get random crops and flips, SPARC's none. FILIP's AutoAugment is left out: it taught
+less in the same time.
 
 The way of the data: a reader gives the rows of a file, Pairs puts them in order. .pair(i, r) of
 Scenes or Pairs gives (picture, caption), .views what PyramidCLIP sees beside it.
@@ -22,7 +23,7 @@ from collections import defaultdict, namedtuple
 import numpy as np
 import regex
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from model import Tokenizer, UserError, write  # Tokenizer is for those who look here
 
 # -------------------------------------------------------------------------------------- the scenes
@@ -674,6 +675,14 @@ class Pairs:
         """k texts of picture i, all different ones if it has so many."""
         return shuffled(self.told[i] * math.ceil(k / len(self.told[i])), r)[:k]
 
+    def good(self, size=None):
+        """(number, picture) of all pictures that can be read; the others go into bad."""
+        for i in range(len(self)):
+            try:
+                yield i, self.open(i, size)
+            except BadRow as e:
+                self.bad.append(e)
+
     def read(self, i):
         """The bytes of picture i's file."""
         row = self.rows[i]
@@ -793,13 +802,6 @@ def center_crop(im, size):
     return ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)
 
 
-def fit(im, size, way="crop"):
-    """A picture made (size, size): its central square, or with "pad" all of it, on white."""
-    if way == "pad":
-        return ImageOps.pad(im, (size, size), Image.Resampling.BICUBIC, color="white")
-    return center_crop(im, size)
-
-
 def to_tensor(images):
     """List of RGB pictures of one size -> (b, 3, H, W) uint8."""
     pixels = torch.from_numpy(np.stack(images))  # (b, H, W, 3)
@@ -810,46 +812,6 @@ def normalize(images):
     """(b, 3, H, W) uint8 on any device -> float32 with CLIP's mean at 0 and deviation of 1."""
     mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) * 255 for c in (MEAN, STD))
     return (images.float() - mean) / std
-
-
-# AutoAugment's policy for ImageNet (Cubuk et al. 2019, Table 9): operation, probability, magnitude
-POLICY = """
-Posterize .4 8, Rotate .6 9; Solarize .6 5, AutoContrast .6 5; Equalize .8 8, Equalize .6 3
-Posterize .6 7, Posterize .6 6; Equalize .4 7, Solarize .2 4; Equalize .4 4, Rotate .8 8
-Solarize .6 3, Equalize .6 7; Posterize .8 5, Equalize 1 2; Rotate .2 3, Solarize .6 8
-Equalize .6 8, Posterize .4 6; Rotate .8 8, Color .4 0; Rotate .4 9, Equalize .6 2
-Equalize 0 7, Equalize .8 8; Invert .6 4, Equalize 1 8; Color .6 4, Contrast 1 8
-Rotate .8 8, Color 1 2; Color .8 8, Solarize .8 7; Sharpness .4 7, Invert .6 8
-ShearX .6 5, Equalize 1 9; Color .4 0, Equalize .6 3; Equalize .4 7, Solarize .2 4
-Solarize .6 5, AutoContrast .6 5; Invert .6 4, Equalize 1 8; Color .6 4, Contrast 1 8
-Equalize .8 8, Equalize .6 3"""
-POLICY = [pair.split(", ") for pair in POLICY.strip().replace("\n", "; ").split("; ")]
-
-
-def change(im, name, strength, sign=1):
-    """An operation of AutoAugment. strength: 0 to 1, its place in the range of Table 6. sign: 1 or
-    -1, which way to turn or shear; what comes in is grey."""
-    if name in ("Invert", "Equalize", "AutoContrast"):  # these have no strength
-        return getattr(ImageOps, name.lower())(im)
-    if name == "Posterize":
-        return ImageOps.posterize(im, 8 - round(4 * strength))  # to so many bits
-    if name == "Solarize":
-        return ImageOps.solarize(im, 256 - round(256 * strength))  # from this brightness on
-    if name == "Rotate":
-        return im.rotate(sign * 30 * strength, fillcolor=(128, 128, 128))  # degrees
-    if name == "ShearX":
-        matrix = (1, sign * 0.3 * strength, 0, 0, 1, 0)
-        return im.transform(im.size, Image.Transform.AFFINE, matrix, fillcolor=(128, 128, 128))
-    return getattr(ImageEnhance, name)(im).enhance(0.1 + 1.8 * strength)
-
-
-def augment(image, r):
-    """AutoAugment (FILIP 3.2), drawn by r. It changes colours, so their words may be wrong then."""
-    for operation in pick(POLICY, r):
-        name, probability, magnitude = operation.split()
-        if r.random() < float(probability):
-            image = change(image, name, int(magnitude) / 9, pick((1, -1), r))
-    return image
 
 
 def mirrored(sample):
@@ -875,13 +837,11 @@ class Batches(torch.utils.data.Dataset):
     batch_size is global. min_area: of the random crop; None takes the central square. views: add
     PyramidCLIP's. local_area: of its local view, whose caption is the pair's then, or None.
     For files, not for scenes: captions, how many texts of each picture; flip, mirror every second
-    picture and what is told of it; augment, AutoAugment of each view."""
+    picture and what is told of it."""
     def __init__(self, data, tok, batch_size, size, context_length, seed=0, min_area=None,
-                 rank=0, world=1, views=False, local_area=None, captions=1, flip=False,
-                 augment=False):
-        if isinstance(data, Scenes) and (captions > 1 or flip or augment):
-            raise UserError("--captions, --flip and --augment are for files: leave them out, the "
-                            "words of scenes would not be true then")
+                 rank=0, world=1, views=False, local_area=None, captions=1, flip=False):
+        if isinstance(data, Scenes) and (captions > 1 or flip):
+            raise UserError("--captions and --flip are for files: leave them out")
         if batch_size > len(data):
             raise UserError(f"--batch-size {batch_size} is larger than the data ({len(data)} "
                             "pictures): lower it")
@@ -892,7 +852,7 @@ class Batches(torch.utils.data.Dataset):
         self.size, self.context_length, self.rank, self.world = size, context_length, rank, world
         self.min_area, self.with_views = min_area, views
         self.local_area = local_area if views else None
-        self.captions, self.flip, self.augment = captions, flip, augment
+        self.captions, self.flip = captions, flip
         least = min(min_area or 1, self.local_area or 1)
         self.side = math.ceil(size / least ** 0.5)  # of a picture that crops are cut of
         self.epoch, self.order = None, None
@@ -939,23 +899,19 @@ class Batches(torch.utils.data.Dataset):
         flipped = self.flip and r.random() < 0.5
         if flipped:  # before the crops: PyramidCLIP's views share one caption and its sides
             whole = ImageOps.mirror(whole)
-        out = {"images": self.crop(whole, self.min_area, r), "caption": texts}
+        if self.min_area is None:
+            image = center_crop(whole, self.size)
+        else:
+            image = random_crop(whole, self.size, self.min_area, r)
+        out = {"images": image, "caption": texts}
         if self.with_views:
             out |= self.data.views(i, whole, texts[0])
         if self.local_area and isinstance(self.data, Scenes):
             out["images_l"], out["caption"] = self.data.local_view(
                 i, whole, caption, r, self.size, self.local_area)
         elif self.local_area:
-            out["images_l"] = self.crop(whole, self.local_area, r)
+            out["images_l"] = random_crop(whole, self.size, self.local_area, r)
         return mirrored(out) if flipped else out
-
-    def crop(self, whole, area, r):
-        """A view of a picture: random, or its central square where there is no area."""
-        if area is None:
-            view = center_crop(whole, self.size)
-        else:
-            view = random_crop(whole, self.size, area, r)
-        return augment(view, r) if self.augment else view
 
 
 def collate(samples, tok, context_length):

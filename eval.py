@@ -39,8 +39,8 @@ says "a (many)" or "perfume/fragrance", both are taken. FILIP is scored and segm
 interaction; PACL pools the patches for each text. All others, CLIP+FILIP too (as in SPARC's Tables
 9 and 10), go by their global embeddings.
 """
-import argparse, collections, contextlib, csv, functools, hashlib, json, math, os, pathlib, re
-import statistics, sys
+import argparse, collections, contextlib, csv, functools, hashlib, itertools, json, math, os
+import pathlib, re, statistics, sys
 import numpy as np
 import regex
 import torch
@@ -670,17 +670,11 @@ def on_scenes(model, tok, args, n=1000):
 
 def encode_pairs(model, tok, data, progress=True):
     """Pairs -> v, V, t, T, M of good pictures, their numbers; the bad go to data.bad. UserError."""
-    features, numbers, size = [], [], model.config["image_size"]
-    for first in tqdm(range(0, len(data), 100), "pictures", disable=not progress, leave=False):
-        crops = []
-        for i in range(len(data))[first:first + 100]:
-            try:
-                crops.append(center_crop(data.open(i, size), size))
-                numbers.append(i)
-            except BadRow as e:
-                data.bad.append(e)
-        if crops:
-            features.append(encode_images(model, crops))
+    features, numbers, good = [], [], data.good(model.config["image_size"])
+    good = iter(tqdm(good, "pictures", len(data), disable=not progress, leave=False))
+    while some := list(itertools.islice(good, 100)):
+        numbers += [i for i, _ in some]
+        features.append(encode_images(model, [image for _, image in some]))
     if not features:
         raise UserError(f"no picture can be read; the first: {data.bad[0]}")
     texts = encode_texts(model, tok, flat(data.captions[i] for i in numbers))

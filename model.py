@@ -525,6 +525,8 @@ def settle(name, named, overrides):
     layers = c.vision_layers
     if isinstance(layers, int) and max(c.leff, c.front or 0) > layers:
         raise UserError(f"leff={c.leff}, front={c.front}: choose at most vision_layers={layers}")
+    if c.pool == "cls" and not c.vision_layers:
+        raise UserError("without blocks a [CLS] token sees no patch: choose layers, or pool='mean'")
     if c.pool not in ("cls", "mean"):
         raise UserError(f"pool is cls or mean, not {c.pool!r}")
     if c.patches_through_h and c.pool == "cls":

@@ -17,8 +17,8 @@ Differs from the papers:
 - AdamW's beta2 of 0.98 and the clipping of gradients are ours; no paper gives them.
 - Warm-up takes 100 steps (FILIP 3,000, SPARC 2,500, PyramidCLIP a tenth of all). Weight decay is
   0.1 (SPARC 0.1 to 0.3, PyramidCLIP 0.2) and spares FILIP's list for all.
-- Files are cropped at random: SPARC only resizes, FILIP adds AutoAugment. Scenes are not: captions
-  tell places. PyramidCLIP's local crop of a scene has its own caption, of what is left.
+- Files are cropped at random and flipped: SPARC only resizes. Scenes are not: captions tell places.
+  PyramidCLIP's local crop of a scene has its own caption, of what is left.
 - --init takes a thirtieth of the rate, as FILIP: 6e-3 (Table 9), then 2e-4 (Table 10). PyramidCLIP
   gets no LeFF then. What an objective adds (PACL's e_v, phi, MGCA's and GLoRIA's heads) is new.
 - BatchNorm (RN50, LeFF) sees the pictures of one process on CPUs, of all processes on GPUs.
@@ -95,7 +95,6 @@ def flags():
     add("--crop", "crop to this share or more (scenes: no crop; files 0.4, pyramid 0.9)", **number)
     add("--flip", "mirror every second picture, with its left and right (files)",
         action=argparse.BooleanOptionalAction)
-    add("--augment", "change pictures by AutoAugment's policy, as FILIP 3.2", **switch)
     add("--captions", "show a picture with so many of its texts, each a partner with probability "
         "1/x, as FILIP A.2", 1)
     add("--paraphrase", "tell this share of scenes in other words, as for FILIP Table 4", 0.0)
@@ -648,7 +647,7 @@ class Run:
         args, share = self.args, self.args.batch_size // self.world
         batches = Batches(self.data, self.tok, args.batch_size, self.size, self.length, args.seed,
                           args.crop, self.rank, self.world, args.loss == "pyramid", args.local_crop,
-                          args.captions, args.flip, args.augment)
+                          args.captions, args.flip)
         if share % args.accum_steps:
             raise UserError(f"--accum-steps {args.accum_steps} does not divide the {share} pairs "
                             f"of each process: choose a divisor")

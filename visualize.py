@@ -9,12 +9,12 @@ Covers: FILIP 4.5, Figure 2 (each patch carries the index of its best token, m_k
 is FILIP's; for runs with SPARC's loss, the weights of its eqs. 2 to 4. Differs: the papers show no
 single words. Here a word, the mean of its tokens, is bright where it looks, on one scale for all.
 """
-import argparse, base64, collections, csv, io, json, math, os, pathlib, re, sys, types
+import argparse, base64, collections, csv, io, itertools, json, math, os, pathlib, re, sys, types
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 import eval as evaluation
-from data import BadRow, Scenes, center_crop, fit, open_dataset, open_image
+from data import Scenes, center_crop, open_dataset, open_image
 from losses import OBJECTIVES
 from model import DEVICES, UserError, clean, pick_device, write
 
@@ -48,16 +48,11 @@ def draw_scenes(n, seed, size):
 
 def read_photos(data, images, n):
     """The first n pictures of data that can be read -> [Sample]. Raises UserError if none can."""
-    samples, pairs = [], open_dataset(data, images=images)
-    for i in range(len(pairs)):
-        try:
-            samples.append(Sample(*pairs.pair(i, size=2 * SIDE)))
-        except BadRow as e:
-            bad = e
-        if len(samples) == n:
-            break
+    pairs = open_dataset(data, images=images)
+    samples = [Sample(image, pairs.captions[i][0])
+               for i, image in itertools.islice(pairs.good(2 * SIDE), n)]
     if not samples:
-        raise UserError(f"{data} has no picture that can be read ({bad})")
+        raise UserError(f"{data} has no picture that can be read ({pairs.bad[-1]})")
     return samples
 
 
@@ -478,7 +473,8 @@ def draw_run(folders, data=None, n=6, device="cpu", out=None, images=None, how="
     else:  # the same for all runs, and read once
         photos = [own] if own else read_photos(data, images, n)
         if how == "pad":
-            photos = [x._replace(image=fit(x.image, max(x.image.size), how)) for x in photos]
+            whole = (ImageOps.pad(x.image, 2 * [max(x.image.size)], color="white") for x in photos)
+            photos = [x._replace(image=image) for x, image in zip(photos, whole)]
         samples = [photos] * len(runs)
     out = out or evaluation.place(folders[0], "align.png")
     align_sheet(runs, samples, out)
