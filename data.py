@@ -11,11 +11,7 @@ PyramidCLIP 3.1 to 3.3 (summary, global and local view, object phrases, regions)
 Differs from the papers: they train on 15 million pairs (PyramidCLIP's ablations) to 6.1 billion
 (SPARC's three sets), `Scenes` draws its own. Rules stand in for FILIP's translator, PyramidCLIP's
 T5 and its detector, whose features are a random projection here; files may bring their own (see
-Pairs). Files get random crops and flips, SPARC's none. FILIP's AutoAugment is left out: it taught
-less in the same time.
-
-The way of the data: a reader gives the rows of a file, Pairs puts them in order. .pair(i, r) of
-Scenes or Pairs gives (picture, caption), .views what PyramidCLIP sees beside it.
+Pairs). Files get random crops and flips; FILIP's AutoAugment taught less in the same time.
 """
 import argparse, contextlib, csv, functools, gc, glob, hashlib, io, itertools, json, math, os
 import random, tarfile
@@ -114,10 +110,9 @@ def join(words):
 
 
 class Scenes:
-    """Small pictures of coloured shapes, drawn on demand, the same on every machine. In a scene all
-    colours and all shapes differ, so each word names one object. Outside "train" no two scenes hold
-    the same set of objects, unless unique=False.
-    n: how many. seed: another seed is another set. size: side in pixels, a multiple of 7.
+    """n small pictures of coloured shapes, drawn on demand, the same on every machine. In a scene
+    all colours and all shapes differ, so each word names one object. Outside "train" no two scenes
+    hold the same set of objects, unless unique=False. size: side in pixels, a multiple of 7.
     split: "train", "val", "test" never share a scene; each of "composition" shows one of HELD_OUT.
     objects: least and most; few are more frequent.
     mismatch: how often words are about nothing (PyramidCLIP 1: caption redundancy), an object has
@@ -830,10 +825,9 @@ def mirrored(sample):
 class Batches(torch.utils.data.Dataset):
     """Item `step` is this rank's share of that step's global batch, as collate makes it. It depends
     on (seed, step) alone, so a resumed run sees the same. An epoch is a random order of all N
-    samples: sample n of the run is number n % N of epoch n // N, so a batch may go on into the next
-    epoch. (Scenes of an unfinished family stay out.) A sample that can't be read is replaced by one
-    drawn from (seed, epoch, its number, the try), and "bad" lists it: [(where, what, reason)].
-    Other errors become {"error": sentence}.
+    samples: sample n of the run is number n % N of epoch n // N. A sample that can't be read is
+    replaced by one drawn from (seed, epoch, its number, the try), and "bad" lists it: [(where,
+    what, reason)]. Other errors become {"error": sentence}.
     batch_size is global. min_area: of the random crop; None takes the central square. views: add
     PyramidCLIP's. local_area: of its local view, whose caption is the pair's then, or None.
     For files, not for scenes: captions, how many texts of each picture; flip, mirror every second
@@ -952,11 +946,11 @@ def main():
     args = ap.parse_args()
     if args.command:
         import eval as evaluation  # it reads with this file's functions, so it comes late
-        match args.command:
-            case ["check", path]:
-                return evaluation.check(path, args.images, args.out or "bad_rows.csv")
-            case ["clean", path, out]:
-                return evaluation.clean_table(path, args.images, out, args.min_side)
+        name, *paths = args.command
+        if (name, len(paths)) == ("check", 1):
+            return evaluation.check(*paths, args.images, args.out or "bad_rows.csv")
+        if (name, len(paths)) == ("clean", 2):
+            return evaluation.clean_table(*paths, args.images, args.min_side)
         ap.error("the commands are: check PATH, clean IN OUT")
     data = Scenes(args.n) if args.data == "scenes" else open_dataset(args.data, images=args.images)
     n, out = min(args.n, len(data)), args.out or "samples.png"

@@ -128,7 +128,7 @@ def break_rules(text, times, sides, min_side):
             "that are kept": True}
 
 
-def clean_table(path, images, out, min_side):
+def clean_table(path, out, images, min_side):
     """`python data.py clean`: captions that break no rule go into a new table. Each of the others
     is counted under the first rule that it breaks."""
     if os.path.lexists(out) or os.path.lexists(out + ".tmp"):

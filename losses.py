@@ -25,7 +25,6 @@ Differs from the papers:
   tokens, at least one. SPARC's copy of FILIP reduces one side of each product: one_sided=True.
 - PACL, GLoRIA and MGCA are SPARC's versions, from its text and GLoRIA's and MGCA's public code:
   trained from scratch, learned temperatures. Each docstring says what it changes.
-- Every scale is learned, and the caller keeps it below 100.
 """
 import argparse
 import ast

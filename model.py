@@ -1,7 +1,6 @@
 """Model: the image towers (ViT, ResNet), the text tower, CLIP's tokeniser, OpenAI's weights.
 
     python model.py                      # every model: its name, sizes and number of parameters
-    python model.py --model ViT-B/32     # one model: the names and shapes of its parameters
     python model.py export runs/clip clip.pt    # a run's weights, for programs that read CLIP's
 
 Papers: FILIP 3.1, A.2, Table 7; PyramidCLIP 3.1, 3.3, A.2, Figure 6; SPARC 2, D.1, D.3, D.7.
@@ -229,8 +228,7 @@ class Transformer(nn.Module):
 
 # -------------------------------------------------------------------------------- the image towers
 class Residual(nn.Module):
-    """Two 3x3 convolutions and a shortcut. A stride is that of the first, and an average pooling in
-    the shortcut."""
+    """Two 3x3 convolutions and a shortcut, in which a stride is an average pooling."""
     def __init__(self, inside, w, stride):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(inside, w, 3, stride, 1, bias=False), nn.BatchNorm2d(w)
@@ -253,8 +251,7 @@ def conv_stem(stages, width):
     layers = [nn.Conv2d(3, inside, 3, 2, 1, bias=False), nn.BatchNorm2d(inside), nn.ReLU()]
     for n, blocks in enumerate(stages):
         w = width >> len(stages) - 1 - n                                   # twice the stage before
-        layers.append(Residual(inside, w, 2))
-        layers += [Residual(w, w, 1) for _ in range(blocks - 1)]
+        layers += [Residual(inside, w, 2), *(Residual(w, w, 1) for _ in range(blocks - 1))]
         inside = w
     return nn.Sequential(*layers)
 
@@ -568,7 +565,7 @@ def adapt(model, **overrides):
 def export(run, out):
     """Write a run's weights as OpenAI's code reads them. UserError: it knows no such towers."""
     from eval import load_run                   # it is built on this file, so it comes late
-    model, tok, _ = load_run(run)
+    model = load_run(run)[0]
     state = {name: x for name, x in model.state_dict().items()  # without PyramidCLIP's regions
              if not name.startswith(("visual.phi", "visual.roi_norm"))}
     read = {"stem": ()}
@@ -580,8 +577,6 @@ def export(run, out):
                         f"layout has no place for that: train with --model ViT-B/32 or RN50")
     write(out, lambda temporary: torch.save(state, temporary))
     print(f"written: {out}")
-    if tok.vocab_size != TEXT["vocab_size"]:
-        print(f"note: its {tok.vocab_size:,} tokens are not CLIP's vocabulary; {run} has them")
 
 
 # ---------------------------------------------------------------------------------- the tokeniser
@@ -812,17 +807,12 @@ def load_openai(path):
 def main():
     parser = argparse.ArgumentParser(description="List the models and their sizes.")
     parser.add_argument("command", nargs="*", metavar="export RUN OUT", help="write CLIP's layout")
-    parser.add_argument("--model", help="list this model's parameters")
     args = parser.parse_args()
     if args.command:
         if len(args.command) != 3 or args.command[0] != "export":
             parser.error("the command is: export RUN OUT")
         return export(*args.command[1:])
     with torch.device("meta"):                  # shapes without memory
-        if args.model:
-            for name, p in build(args.model).named_parameters():
-                print(f"{name:55} {tuple(p.shape)}")
-            return
         print(f"{'model':20} {'image tower':>13} {'text tower':>13} {'total':>13}  "
               "image/patch  dim  pooling")
         for name, c in CONFIGS.items():

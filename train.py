@@ -166,7 +166,12 @@ def options():
                 ap.set_defaults(**{k: x for k, x in saved.items() if k not in FREE})
         args = ap.parse_args()
     elif args.init:
-        bring(args, ap)
+        given = [flag(name) for name in BROUGHT if getattr(args, name) != ap.get_default(name)]
+        if given:
+            raise UserError(f"{' '.join(given)}: the weights of --init decide that; leave it out")
+        ckpt = evaluation.read_checkpoint(args.init)
+        args.model = ckpt["args"]["model"]
+        args.image_size = args.image_size or ckpt["config"]["image_size"]
     for name, value in vars(args).items():
         if value != ap.get_default(name) and args.loss not in users(name):
             raise UserError(f"{flag(name)} means nothing to --loss {args.loss}: leave it out, or "
@@ -177,16 +182,6 @@ def options():
         models.build(args.model)                             # raises, and says which there are
     check(args)
     return args
-
-
-def bring(args, ap):
-    """The model's name and size from --init. UserError: an option that it decides."""
-    given = [flag(name) for name in BROUGHT if getattr(args, name) != ap.get_default(name)]
-    if given:
-        raise UserError(f"{' '.join(given)}: the weights of --init decide that; leave it out")
-    ckpt = evaluation.read_checkpoint(args.init)
-    args.model = ckpt["args"]["model"]
-    args.image_size = args.image_size or ckpt["config"]["image_size"]
 
 
 def fill_in(args):
@@ -551,8 +546,6 @@ def report_terms(data, args):
     if lost:
         why = " and ".join(missing.values())
         print(f"note: without {why} the terms {' '.join(lost)} fall away")
-    if not getattr(data, "summaries", True):
-        print("note: without the column summary, a caption's first clause is its summary")
 
 
 def report_texts(data, tok, length):

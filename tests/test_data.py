@@ -1276,7 +1276,7 @@ def test_clean_counts_each_rule(tmp_path, capsys):
     assert kept.captions == [["a dog", "A dog, running.", "café au lait in Paris with friends",
                               "Rio de Janeiro"], ["ten times"] * 10]
     assert kept.open(1).size == (600, 200)
-    clean_table(path, None, str(tmp_path / "all.csv"), 100)
+    clean_table(path, str(tmp_path / "all.csv"), None, 100)
     said = capsys.readouterr().out
     assert counts_of(said) == [1, 1, 0, 2, 5, 4, 11, 15, 3] and "100 pixels" in said
 

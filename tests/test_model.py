@@ -159,6 +159,45 @@ def test_parameter_counts(name):
     assert (image, total - image - 1, total) == COUNTS[name]
 
 
+def test_the_stem_by_hand():
+    """`small`: a convolution, then three stages of two residual blocks, each half as fine and twice
+    as wide. A patch depends on its surroundings alone."""
+    torch.manual_seed(0)
+    m = build("small", vocab_size=600).eval()
+    assert count(m.visual.stem) == 696_416
+    x = torch.randn(2, 3, 112, 112)
+    first, stages = m.visual.stem[:3], m.visual.stem[3:].children()
+    y = F.relu(F.batch_norm(F.conv2d(x, first[0].weight, stride=2, padding=1),
+                            torch.zeros(32), torch.ones(32)))
+    torch.testing.assert_close(first(x), y)
+    for n, block in enumerate(stages):
+        nn.init.normal_(block.bn2.weight)                                  # it starts at 0
+        w, stride = 32 << n // 2, 2 - n % 2
+        inner = F.conv2d(y, block.conv1.weight, stride=stride, padding=1) / (1 + 1e-5) ** 0.5
+        inner = F.conv2d(inner.relu(), block.conv2.weight, padding=1) / (1 + 1e-5) ** 0.5
+        if stride == 2:
+            y = F.conv2d(F.avg_pool2d(y, 2), block.downsample[1].weight) / (1 + 1e-5) ** 0.5
+        y = (inner * block.bn2.weight[:, None, None] + y).relu()
+        assert y.shape[1:] == (w, 56 >> n // 2 + 1, 56 >> n // 2 + 1)
+    torch.testing.assert_close(m.visual.patches(x), y.flatten(2).transpose(1, 2),
+                               rtol=1e-3, atol=1e-4)
+    v, V = m.encode_image(x)
+    assert v.shape == (2, 128) and V.shape == (2, 49, 128)
+    x[:, :, 96:, 96:] = 0                                                  # the last patch
+    torch.testing.assert_close(m.encode_image(x)[1][:, 0], V[:, 0])
+    assert not torch.allclose(m.encode_image(x)[1][:, -1], V[:, -1], atol=0.01)
+
+
+@pytest.mark.parametrize("more, sentence", [
+    ({"patch_size": 8}, "a stem of 3 stages has patches of 16 pixels"),
+    ({"pool": "cls"}, "without blocks a .CLS. token sees no patch"),
+    ({"image_size": 100}, "patches of 16 pixels do not divide an image of 100")])
+def test_what_does_not_fit_a_stem(more, sentence):
+    with pytest.raises(UserError, match=sentence):
+        build("small", **more)
+    assert build("small", pool="cls", vision_layers=1).visual.class_embedding.shape == (128,)
+
+
 def shapes_of(name):
     with torch.device("meta"):
         return {k: tuple(v.shape) for k, v in build(name).state_dict().items()}
@@ -915,7 +954,7 @@ def save_run(folder, model):
 def test_an_exported_run_is_an_openai_file(more, tmp_path, capsys):
     m = small("cls", vocab_size=520, **WIDE | more)
     export(save_run(tmp_path / "run", m), str(tmp_path / "out.pt"))
-    assert "not CLIP's vocabulary" in capsys.readouterr().out
+    assert "written: " in capsys.readouterr().out
     again, images = load_openai(tmp_path / "out.pt"), pictures()
     assert again.encode_image(images)[0].equal(m.encode_image(images)[0])
     assert set(torch.load(tmp_path / "out.pt")) == set(small("cls", **WIDE).state_dict())
@@ -924,7 +963,7 @@ def test_an_exported_run_is_an_openai_file(more, tmp_path, capsys):
 @pytest.mark.parametrize("kind, more, sentence", [
     ("mean", {}, "pool=mean, act=gelu, causal=False"), ("cls", {"leff": 1}, "leff=1"),
     ("cls", {"act": "gelu"}, "act=gelu"), ("cls", {"vision_heads": 4}, "vision_heads=4"),
-    ("cls", {"embedder": True}, "embedder=True")])
+    ("cls", {"embedder": True}, "embedder=True"), ("mean", {"stem": (1, 1)}, r"stem=.1, 1.")])
 def test_other_towers_are_not_exported(kind, more, sentence, tmp_path):
     """The layout of OpenAI's files says nothing about them, so they would be misread."""
     run = save_run(tmp_path / "run", small(kind, vocab_size=520, **WIDE | more))
