@@ -872,8 +872,7 @@ def cost_row(name, published, modelled, digits):
 def cost_table():
     """SPARC's Table 12 beside the model, as text. CLIP's row counts more than matmuls; that much is
     added to the others. "20% token dropping" fits only if 20% are kept, on one side of a product.
-    Three cells are above the model: to fit in 16 GB, a part of the forward pass is computed twice.
-    At B = 2,048 the optimiser's step hides the memory."""
+    Three cells are above the model: a part of the forward pass must be computed twice there."""
     rest = TABLE_12["clip"] - flops("clip", BATCHES) / 1e12  # what is no matmul
     lines = [f"{'TFLOP a step':16}" + "".join(f"{f'B = {B:,}':>25}" for B in BATCHES),
              " " * 16 + f"{'paper   model  ratio':>25}" * len(BATCHES)]
@@ -902,8 +901,7 @@ def filip_flops(D, keep, b=512, devices=8, P=49, L=77):
 
 def filip_table(b=512, devices=8, P=49, L=77):
     """FILIP's Table 5 (ViT-B/32) beside the model, as text: time over CLIP's and operations, as
-    shares of the full cost *; MB. The paper's 12 GB over CLIP can't hold the first row's 60 of all
-    similarities: it must have worked in parts."""
+    shares of the full cost *; MB. The first row's 60 GB of similarities were computed in parts."""
     seconds0, mb0 = TABLE_5_CLIP
     lines = [f"{'share of the full cost *':24}{'paper':>7}{'model':>7}{'ratio':>7}{'TFLOP':>8}"
              f"{'MB received':>13}{'MB all at once':>16}{'MB over CLIP (paper)':>22}"]

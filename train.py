@@ -35,8 +35,8 @@ from model import DEVICES, UserError, pick_device, write
 
 # ----------------------------------------------------------------------------------------- options
 # What the weights of --init decide.
-BROUGHT = ("model", "pool", "patch_size", "layers", "width", "context_length", "patches_through_h",
-           "vocab", "leff", "no_leff")
+BROUGHT = ("model", "pool", "causal", "patch_size", "layers", "width", "context_length", "vocab",
+           "patches_through_h", "leff", "no_leff")
 # Options that may change when a run is resumed: they do not change its numbers.
 FREE = ("out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every",
         "amp", "checkpointing", "val", "images", "max_bad")
@@ -52,6 +52,7 @@ def flags():
         epilog="objectives:\n" + "\n".join(f"  {k:12}{o.about}" for k, o in OBJECTIVES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     switch, whole, number = {"action": "store_true"}, {"type": int}, {"type": float}
+    either = {"action": argparse.BooleanOptionalAction}
 
     def add(name, help, default=None, **more):
         if default is not None:
@@ -68,8 +69,8 @@ def flags():
     add("--data", "train on scenes, or on files: a table, JSON, a folder, tar shards", "scenes")
     add("--out", "write the run into this folder (runs/LOSS)")
     add("--steps", "take so many optimiser steps (scenes 2800, files 1500)", **whole)
-    add("--batch-size", "pictures a step, over all processes; halve it if memory runs out (128, "
-        "small 256)", **whole)
+    add("--batch-size", "pictures a step, in all; halve it if memory runs out (128, small 256)",
+        **whole)
     add("--lr", "set the peak rate (tiny 1.5e-3, small 1e-3, else 5e-4; lamb: FILIP's)", **number)
     add("--image-size", "set a picture's side in pixels", **whole)
     add("--resume", "go on from the folder's last.pt, or start if there is none", **switch)
@@ -83,20 +84,17 @@ def flags():
     add("--layers", "set the number of blocks in each tower", **whole)
     add("--width", "set both towers' width, a multiple of 64", **whole)
     add("--context-length", "cut texts to so many tokens", **whole)
-    add("--patches-through-h", "send patches through h_v in training too (yes if --pool mean)",
-        action=argparse.BooleanOptionalAction)
+    add("--causal", "let words see only what stands before them (tiny, --pool cls)", **either)
+    add("--patches-through-h", "patches pass h_v in training too (yes if --pool mean)", **either)
     group = ap.add_argument_group("data")
     add("--images", "look here for the pictures that a JSON file names (beside it)")
     add("--val", "validate on these pairs (val.csv beside --data, if there is one)")
     add("--max-bad", "stop if over 10 samples, and this share, are bad; 0: at the first", 0.01)
     add("--mask-equal-texts", "pairs of equal texts, as of a class, are no negatives", **switch)
-    add("--vocab", "learn:N, or clip, or the path of CLIP's merges (scenes learn:1000, small 4000, "
-        "else 8000)")
+    add("--vocab", "learn:N, or clip, or a path of CLIP's merges (scenes 1000, small 4000, 8000)")
     add("--crop", "crop to this share or more (scenes: no crop; files 0.4, pyramid 0.9)", **number)
-    add("--flip", "mirror every second picture, with its left and right (files)",
-        action=argparse.BooleanOptionalAction)
-    add("--captions", "show a picture with so many of its texts, each a partner with probability "
-        "1/x, as FILIP A.2", 1)
+    add("--flip", "mirror every second picture, with its left and right (files)", **either)
+    add("--captions", "so many texts of a picture at once, each a target of 1/x (FILIP A.2)", 1)
     add("--paraphrase", "tell this share of scenes in other words, as for FILIP Table 4", 0.0)
     add("--mismatch", "let words and scenes disagree this often, as in PyramidCLIP Figure 1", 0.0)
     add("--workers", "read pictures in so many extra processes (cpu 0, cuda 4)", **whole)
@@ -513,7 +511,7 @@ def make_model(args, tok, start=None):
         args.model, vocab_size=tok.vocab_size, context_length=args.context_length, pool=args.pool,
         image_size=args.image_size, patch_size=args.patch_size, vision_layers=args.layers,
         text_layers=args.layers, vision_width=args.width, text_width=args.width, vision_heads=heads,
-        text_heads=heads, patches_through_h=args.patches_through_h, **special)
+        text_heads=heads, patches_through_h=args.patches_through_h, causal=args.causal, **special)
 
 
 def prepare(model, args):
@@ -546,6 +544,8 @@ def report_terms(data, args):
     if lost:
         why = " and ".join(missing.values())
         print(f"note: without {why} the terms {' '.join(lost)} fall away")
+    if not getattr(data, "summaries", True):
+        print("note: without the column summary, a caption's first clause is its summary")
 
 
 def report_texts(data, tok, length):
@@ -658,8 +658,8 @@ class Run:
               f"{self.tok.vocab_size:,}, {args.steps - self.start} steps of {args.batch_size}, "
               f"{self.world} x {self.device.type}, {args.amp}; results go to {args.out}")
         if self.bad:
-            where, _, reason = next(iter(self.bad))
-            print(f"note: {len(self.bad):,} rows can't be used; the first: {where}: {reason}")
+            first = ": ".join(next(iter(self.bad))[::2])     # where, and why
+            print(f"note: {len(self.bad):,} rows can't be used; the first: {first}")
         if args.warmup >= args.steps:
             print(f"note: --steps {args.steps} end inside --warmup {args.warmup}: lower it")
         report_texts(self.data, self.tok, self.length)

@@ -246,7 +246,8 @@ def test_equal_texts_are_no_negatives():
             rest = [j for j in range(4) if j == i or j not in partners]
             want -= logits[i, rest].log_softmax(0)[rest.index(i)] / 8
             shared -= sum(p[i, j] for j in partners) / len(partners) / 8
-    got, plain = train.make_info_nce(ids, ids > 0, 1, True)(s, s.T), train.objectives.info_nce(s, s.T)
+    got = train.make_info_nce(ids, ids > 0, 1, True)(s, s.T)
+    plain = train.objectives.info_nce(s, s.T)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     assert plain.item() == pytest.approx(shared.item(), rel=1e-5) and plain > got + 0.01
     ids = ids[[0, 1, 3]]
@@ -269,13 +270,13 @@ def test_texts_of_a_picture_share_its_target():
             want -= sum(logits[i].log_softmax(0)[j] for j in partners) / 3 / 6 / 2
     got = train.make_info_nce(ids, ids >= 0, 3, False)(s, s.T)
     torch.testing.assert_close(got, want)
-    for one, other in zip(*(torch.autograd.grad(x, (v, t), retain_graph=True) for x in (got, want))):
-        torch.testing.assert_close(one, other)
+    grads = [torch.autograd.grad(x, (v, t), retain_graph=True) for x in (got, want)]
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("loss", [name for name in train.OBJECTIVES if name != "pyramid"])
 def test_every_loss_but_pyramids_takes_several_texts_of_a_picture(parse, tmp_path, loss):
-    """Twice the same texts of a picture: the loss of once, plus ln 2 where it compares all pairs."""
+    """Twice the same text of a picture: the loss of once, plus ln 2 where it compares all pairs."""
     args = parse("--data", photos(tmp_path, GOOD), *FILES[2:], "--loss", loss)
     torch.manual_seed(0)
     args.vocab_size = 600
