@@ -68,7 +68,7 @@ def flags():
     add("--model", f"choose the towers: {', '.join(models.CONFIGS)} (scenes tiny, files small)")
     add("--data", "train on scenes, or on files: a table, JSON, a folder, tar shards", "scenes")
     add("--out", "write the run into this folder (runs/LOSS)")
-    add("--steps", "take so many optimiser steps (scenes 2800, files 1500)", **whole)
+    add("--steps", "take so many optimiser steps (scenes 2800, files 1000)", **whole)
     add("--batch-size", "pictures a step, in all; halve it if memory runs out (128, small 256)",
         **whole)
     add("--lr", "set the peak rate (tiny 1.5e-3, small 1e-3, else 5e-4; lamb: FILIP's)", **number)
@@ -188,7 +188,7 @@ def fill_in(args):
     args.model = args.model or ("tiny" if scenes else "small")
     tiny, small = args.model == "tiny", args.model == "small"
     defaults = dict(out=os.path.join("runs", args.loss), terms=list(SIX), lam=1 / 3, mu=1 / 3,
-                    steps=1500, batch_size=256 if small else 128, vocab="learn:8000", crop=0.4,
+                    steps=1000, batch_size=256 if small else 128, vocab="learn:8000", crop=0.4,
                     flip=True, lr=5e-4, weight_decay=0.1, sigma="1/P",
                     local_weight=1.0, patches_through_h=(tiny or small) and args.pool != "cls",
                     workers=4 if args.device == "cuda" else 0)   # they would take a CPU's cores
@@ -658,8 +658,7 @@ class Run:
               f"{self.tok.vocab_size:,}, {args.steps - self.start} steps of {args.batch_size}, "
               f"{self.world} x {self.device.type}, {args.amp}; results go to {args.out}")
         if self.bad:
-            first = ": ".join(next(iter(self.bad))[::2])     # where, and why
-            print(f"note: {len(self.bad):,} rows can't be used; the first: {first}")
+            print(f"note: {len(self.bad):,} rows can't be used: {args.out}/bad_rows.csv lists them")
         if args.warmup >= args.steps:
             print(f"note: --steps {args.steps} end inside --warmup {args.warmup}: lower it")
         report_texts(self.data, self.tok, self.length)
