@@ -21,7 +21,7 @@ Differs from the papers:
   PyramidCLIP's local crop of a scene has its own caption, of what is left.
 - --init takes a thirtieth of the rate, as FILIP: 6e-3 (Table 9), then 2e-4 (Table 10). PyramidCLIP
   gets no LeFF then. What an objective adds (PACL's e_v, phi, MGCA's and GLoRIA's heads) is new.
-- BatchNorm (RN50, LeFF) sees the pictures of one process on CPUs, of all processes on GPUs.
+- BatchNorm (RN50, LeFF, small) sees the pictures of one process on CPUs, of all processes on GPUs.
 """
 import argparse, contextlib, copy, ctypes, json, math, os, pathlib, signal, sys, tempfile, time
 import timeit
@@ -400,7 +400,7 @@ def training_step(run, step):
 def in_parts(run, batch):
     """Losses and gradient of a batch of which only a part fits in memory. Exact: the features of
     all parts, without a gradient; the loss of all features, and its gradient with respect to them;
-    each part again, with that gradient. Only BatchNorm (RN50, LeFF) sees one part at a time."""
+    each part again, with that gradient. Only BatchNorm (RN50, LeFF, small) sees one part."""
     module, parts = run.module, run.args.accum_steps
     chunks = [{name: x.chunk(parts)[i] for name, x in batch.items()} for i in range(parts)]
     with torch.no_grad(), run.autocast():
