@@ -571,10 +571,15 @@ def test_killed_runs_end_with_the_same_numbers(tmp_path, monkeypatch):
 
 
 # the gathers of the other objectives: test_losses.py
-@pytest.mark.parametrize("words", ["filip", "mgca", "sparc", "sparc --accum-steps 2"])
+@pytest.mark.parametrize("words", ["filip", "mgca", "sparc", "sparc --accum-steps 2",
+                                   "sparc --captions 2", "filip --captions 2 --accum-steps 2"])
 def test_two_processes_equal_one(go, tmp_path, words):
     """Loss and every gradient after one step; AdamW's first moment is a tenth of the gradient."""
     more = ["--loss", *words.split(), "--steps", "1", "--clip-grad", "0"]
+    if "captions" in words:
+        rows = [f"{k}.png,{text} {k}" for text in ("thing", "a number") for k in range(4)]
+        more += [*"--model tiny --batch-size 4 --vocab learn:600 --data".split(),
+                 photos(tmp_path, rows)]
     go(*more)
     two = [*TWO_PROCESSES, script(tmp_path), *SMALL, *more, "--out", str(tmp_path / "two")]
     subprocess.run(two, check=True, capture_output=True)
@@ -594,7 +599,7 @@ def test_two_processes_list_what_either_finds(tmp_path):
     for k in range(4):
         (tmp_path / f"bad{k}.png").write_bytes(b"no picture")
     more = [*map(str, FILES), "--data", photos(tmp_path, rows), "--val", str(tmp_path / "t.csv"),
-            "--eval-every", "3", "--mask-equal-texts", "--out"]
+            "--model", "tiny", "--eval-every", "3", "--mask-equal-texts", "--out"]
     for python, out in (([sys.executable], "one"), (TWO_PROCESSES, "two")):
         words = [*python, script(tmp_path), *SMALL, *more, str(tmp_path / out)]
         subprocess.run(words, check=True, capture_output=True)
