@@ -830,8 +830,8 @@ class Batches(torch.utils.data.Dataset):
     what, reason)]. Other errors become {"error": sentence}.
     batch_size is global. min_area: of the random crop; None takes the central square. views: add
     PyramidCLIP's. local_area: of its local view, whose caption is the pair's then, or None.
-    For files, not for scenes: captions, how many texts of each picture; flip, mirror every second
-    picture and what is told of it."""
+    For files, not for scenes: captions, how many texts of each picture; flip, mirror half of the
+    pictures and what is told of them."""
     def __init__(self, data, tok, batch_size, size, context_length, seed=0, min_area=None,
                  rank=0, world=1, views=False, local_area=None, captions=1, flip=False):
         if isinstance(data, Scenes) and (captions > 1 or flip):

@@ -105,17 +105,17 @@ def check(path, images, out):
 
 
 WORD = regex.compile(r"(?<!\S)\p{P}*[\p{L}\p{M}][\p{L}\p{M}'’-]+\p{P}*(?!\S)")  # no img_0.jpg
-# frequent in German, French, Spanish, Italian, Portuguese or Dutch, and no English words
+# frequent in German, French, Spanish, Italian, Portuguese or Dutch, and rare in English
 FOREIGN = set(
-    "das der dem den ein eine einem einen einer mit auf im ins ist sind und für vor zum le la les "
+    "das der dem ein eine einem einen einer mit auf im ins ist sind und für vor zum le la les "
     "un une des et du de dans sur avec est au el los las una con por para del al dos il gli della "
-    "sulla che nel di uma um com em na da dois het een van en op met twee".split())
+    "sulla che nel di uma um com em na da dois het een en op twee".split())
 
 
 def break_rules(text, times, sides, min_side):
-    """FILIP's rules of cleaning (3.3) -> {rule: does a caption break it?}. It is there so many
-    times, of a picture with these sides. Not in English: most of its letters are not a to z, or two
-    words and a third of all are FOREIGN; nothing tells the language of a few Latin letters."""
+    """FILIP's rules of cleaning (3.3) -> {rule: does a caption break it?}. times: how often it is
+    there. Not in English: most of its letters are not a to z, or two words and a third of all are
+    FOREIGN; nothing tells the language of a few Latin letters."""
     letters, words = regex.findall(r"\p{L}", text), regex.findall(r"\w+", text.lower())
     foreign = sum(word in FOREIGN for word in words)
     return {"of pictures that can't be read (see data.py check)": not max(sides),
@@ -129,13 +129,13 @@ def break_rules(text, times, sides, min_side):
 
 
 def clean_table(path, out, images, min_side):
-    """`python data.py clean`: captions that break no rule go into a new table. Each of the others
-    is counted under the first rule that it breaks."""
-    if os.path.lexists(out) or os.path.lexists(out + ".tmp"):
-        raise UserError(f"{out} or {out}.tmp is there already: choose another name")
+    """`python data.py clean`: captions that break no rule go into a new table, all are counted."""
+    taken = os.path.lexists(out) or os.path.lexists(out + ".tmp")
+    if taken or not out.endswith(".csv") or not os.path.isdir(os.path.dirname(out) or "."):
+        raise UserError(f"{out}: name a new .csv file, in a folder that is there")
     pairs, found = open_dataset(path, images=images), collections.defaultdict(list)
-    if pairs.rows[0].place:
-        raise UserError(f"{path}: a table can't name pictures in .tar files; unpack them first")
+    if pairs.rows[0].place or pairs.classes:
+        raise UserError(f"{path}: only pictures that lie in files, with captions, can be cleaned")
     times = collections.Counter(text.lower() for text in flat(pairs.captions))
     for i in tqdm(range(len(pairs)), unit=" pictures", disable=None):
         sides, picture = (0, 0), os.path.join(pairs.folder, pairs.images[i])
@@ -144,13 +144,13 @@ def clean_table(path, out, images, min_side):
         name = os.path.relpath(picture, os.path.dirname(out) or ".")
         for text in pairs.captions[i]:
             rules = break_rules(text, times[text.lower()], sides, min_side)
-            found[next(filter(rules.get, rules))].append((name, text))
+            found[next(filter(rules.get, rules))].append((name, " ".join(text.split())))
     kept = found["that are kept"]
     list_faults(out, kept, ("image", "caption"))
     print(f"{len(pairs.bad):10,}  faults of rows (see data.py check)")
     for rule in rules:
         print(f"{len(found[rule]):10,}  captions {rule}")
-    print(f"{len(dict(kept)):10,}  pictures that are kept, in {out}")
+    print(f"{len(dict(kept)):10,}  pictures that are kept, in {out} (columns: image, caption)")
 
 
 # ------------------------------------------------------------------- class folders and prompts

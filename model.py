@@ -11,7 +11,7 @@ B images, C texts, P patches, L positions of a text, R regions, D dimension of t
 w width of a tower. Parts of both towers: B sequences of N positions.
 pool="cls" (CLIP, FILIP, PyramidCLIP): v is of a [CLS] token in front of the patches, t of EOT. The
     text tower is causal.
-pool="mean" (SPARC): v = g_v(h_v(mean of f_v)), t = g_t(mean of f_t over real tokens). Not causal.
+pool="mean" (SPARC): v = g_v(h_v(mean of f_v)), t = g_t(mean of f_t over real tokens).
 
 What differs from the papers:
 SPARC. h_v is "a single non-linear layer": here linear and GELU. It does not say whether the text
@@ -81,7 +81,7 @@ class Config(NamedTuple):
     act: str                         # "gelu" or "quickgelu"
     causal: bool = None              # tokens see only what is before them; None: if pool is "cls"
     patches_through_h: bool = False  # patches pass h_v in training too; SPARC: to segment only
-    stem: tuple = ()                 # convolutions before a ViT: the blocks in each stage
+    stem: tuple = ()                 # convolutions for patches: the blocks in each stage
     leff: int = 0                    # PyramidCLIP's L_s: so many blocks, from the first, have LeFF
     front: int = None                # regions enter behind so many blocks; None: behind leff
     regions: int = 0                 # the size of one region's features; 0: the model takes none
@@ -245,8 +245,7 @@ class Residual(nn.Module):
 
 
 def conv_stem(stages, width):
-    """(B, 3, H, W) -> (B, width, H / s, W / s), s = 2 ** (1 + the number of stages). A small ResNet
-    in place of one linear map of each patch; stages: see Config.stem."""
+    """A small ResNet: (B, 3, H, W) -> (B, width, H / s, W / s), s = 2 ** (1 + len(stages))."""
     inside = width >> len(stages) - 1
     layers = [nn.Conv2d(3, inside, 3, 2, 1, bias=False), nn.BatchNorm2d(inside), nn.ReLU()]
     for n, blocks in enumerate(stages):

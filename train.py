@@ -79,7 +79,7 @@ def flags():
     add("--amp", "autocast; auto: bf16 if faster", "auto", choices=("auto", "off", "bf16", "fp16"))
     add("--device", "compute there; mps is Apple's", "auto", choices=DEVICES)
     group = ap.add_argument_group("model (by default the model's own)")
-    add("--pool", "pool by [CLS] and EOT, or by means and h_v (mean)", choices=("cls", "mean"))
+    add("--pool", "pool by [CLS] and EOT, or by means and h_v", choices=("cls", "mean"))
     add("--patch-size", "set a patch's side in pixels", **whole)
     add("--layers", "set the number of blocks in each tower", **whole)
     add("--width", "set both towers' width, a multiple of 64", **whole)
@@ -93,8 +93,8 @@ def flags():
     add("--mask-equal-texts", "pairs of equal texts, as of a class, are no negatives", **switch)
     add("--vocab", "learn:N, or clip, or a path of CLIP's merges (scenes 1000, small 4000, 8000)")
     add("--crop", "crop to this share or more (scenes: no crop; files 0.4, pyramid 0.9)", **number)
-    add("--flip", "mirror every second picture, with its left and right (files)", **either)
-    add("--captions", "so many texts of a picture at once, each a target of 1/x (FILIP A.2)", 1)
+    add("--flip", "mirror half of the pictures, with their left and right (files)", **either)
+    add("--captions", "so many texts of a picture at once, which share its target (FILIP A.2)", 1)
     add("--paraphrase", "tell this share of scenes in other words, as for FILIP Table 4", 0.0)
     add("--mismatch", "let words and scenes disagree this often, as in PyramidCLIP Figure 1", 0.0)
     add("--workers", "read pictures in so many extra processes (cpu 0, cuda 4)", **whole)
@@ -201,7 +201,8 @@ def fill_in(args):
     if scenes:
         defaults |= dict(steps=2800, vocab="learn:1000", crop=None, flip=False)
     if lamb:                                                 # FILIP A.2 and Table 9
-        defaults |= dict(lr=6e-3 * (args.batch_size / 512) ** 0.5, weight_decay=0.03)
+        batch = args.batch_size or defaults["batch_size"]
+        defaults |= dict(lr=6e-3 * (batch / 512) ** 0.5, weight_decay=0.03)
     beside = os.path.join(os.path.dirname(args.data), "val.csv")
     if os.path.isfile(args.data) and os.path.isfile(beside):
         defaults["val"] = beside
@@ -604,7 +605,7 @@ class Run:
         self.data = open_dataset(args.data, args.regions, args.images)
         self.content = self.data.fingerprint()
         if ckpt and ckpt["content"] != self.content:
-            raise UserError(f"{args.data} has other pictures or captions than before: change --out")
+            raise UserError(f"{args.data} has other pictures or captions now: change --out")
         self.add_bad([e.args for e in self.data.bad], len(self.data.texts()))
         self.known = len(self.bad)
         self.add_bad(ckpt.get("bad", []), self.start * args.batch_size)

@@ -1288,12 +1288,17 @@ def test_clean_spoils_nothing(tmp_path, monkeypatch):
     os.symlink("in.csv", "link.csv")
     os.symlink("in.csv", "x.csv.tmp")
     write_shards(tmp_path, photos(tmp_path, 2), 1)
-    for path, out, said in (("in.csv", "in.csv", "is there already"),
-                            ("in.csv", "link.csv", "is there already"),
-                            ("in.csv", "x.csv", "is there already"),
+    os.mkdir("pets")
+    os.mkdir("pets/pug")
+    noise().save("pets/pug/1.png")
+    for path, out, said in (("in.csv", "in.csv", "name a new .csv file"),
+                            ("in.csv", "link.csv", "name a new .csv file"),
+                            ("in.csv", "x.csv", "name a new .csv file"),
                             ("none.csv", "out.csv", "no such file"),
-                            ("in.csv", "none/out.csv", "can't write none/out.csv"),
-                            ("shards", "out.csv", "unpack them first")):
-        refuse([said], clean_table, path, None, out, 200)
+                            ("in.csv", "none/out.csv", "in a folder that is there"),
+                            ("shards", "out.csv", "can be cleaned"),
+                            ("pets", "out.csv", "can be cleaned"),
+                            ("in.csv", "o.json", "name a new .csv file")):
+        refuse([said], clean_table, path, out, None, 200)
     assert (tmp_path / "in.csv").read_bytes() == before
     assert not (tmp_path / "out.csv").exists()

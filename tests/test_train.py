@@ -908,16 +908,6 @@ def test_lamb_trains_and_resumes(go, tmp_path):
 
 
 # ------------------------------------------------------------------------------------- the command
-def test_benchmark_reports_and_leaves_nothing(go, tmp_path, capsys):
-    assert go("--loss", "mgca", "--benchmark") is False and not (tmp_path / "run").exists()
-    said = capsys.readouterr().out.splitlines()[-6:]
-    names = [line.split()[0] for line in said]
-    assert names == ["data", "forward", "loss", "backward", "optimiser", "step"]
-    assert "images/s" in said[-1]
-    times = [float(line.split()[1]) for line in said]
-    assert min(times) > 0 and abs(sum(times[:-1]) - times[-1]) < 0.5
-
-
 @pytest.mark.parametrize("python", [[sys.executable], TWO_PROCESSES], ids=["one process", "two"])
 def test_the_command_trains_evaluates_and_draws(tmp_path, python):
     r = subprocess.run([*python, os.path.join(ROOT, "train.py"), *SMALL, "--out", "here"],
