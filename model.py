@@ -15,8 +15,8 @@ pool="mean" (SPARC): v = g_v(h_v(mean of f_v)), t = g_t(mean of f_t over real to
 
 What differs from the papers:
 SPARC. h_v is "a single non-linear layer": here linear and GELU. It does not say whether the text
-    tower is causal: here `tiny` is, as its words then find their objects. Appendix C leaves h_v out
-    and averages padding too: we do neither. ln_pre and a patch embedding without bias are CLIP's.
+    tower is causal: here it is not, unless causal=True. Appendix C leaves h_v out and averages
+    padding too: we do neither. ln_pre and a patch embedding without bias are CLIP's.
 PyramidCLIP. As its released model: BatchNorm and activation after each of LeFF's layers; a norm on
     regions (ln_pre in a ViT, LayerNorm in a ResNet); before the regions the picture's class token
     (ViT) or their mean (ResNet), not a random vector. Ours: padding among regions is masked, and
@@ -100,7 +100,7 @@ SPARC = dict(embed_dim=512, vocab_size=32000, context_length=55, text_width=768,
 CONFIGS = {
     "tiny": SPARC | dict(image_size=56, patch_size=8, vision_width=128, vision_layers=2,
                          vision_heads=2, embed_dim=128, vocab_size=618, context_length=32,
-                         text_width=128, text_layers=2, text_heads=2, causal=True),
+                         text_width=128, text_layers=2, text_heads=2),
     "small": SPARC | dict(image_size=112, patch_size=16, stem=(2, 2, 2), vision_width=128,
                           vision_layers=0, vision_heads=2, embed_dim=128, vocab_size=4000,
                           context_length=48, text_width=192, text_layers=2, text_heads=3),

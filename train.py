@@ -84,7 +84,7 @@ def flags():
     add("--layers", "set the number of blocks in each tower", **whole)
     add("--width", "set both towers' width, a multiple of 64", **whole)
     add("--context-length", "cut texts to so many tokens", **whole)
-    add("--causal", "let words see only what stands before them (tiny, --pool cls)", **either)
+    add("--causal", "let words see only what stands before them (if --pool cls)", **either)
     add("--patches-through-h", "patches pass h_v in training too (yes if --pool mean)", **either)
     group = ap.add_argument_group("data")
     add("--images", "look here for the pictures that a JSON file names (beside it)")

@@ -108,7 +108,7 @@ class Job:
     def __init__(self, folder, steps, options):
         self.name, self.folder, self.steps = folder.name, folder, steps
         self.process, self.ended = None, self.done()
-        train = ["train.py", "--out", folder, "--steps", steps, "--resume", "--no-causal", *options]
+        train = ["train.py", "--out", folder, "--steps", steps, "--resume", *options]
         self.commands = [train]
         if (folder / "last.pt").exists() and self.logged() == steps:
             # where last.pt is older than the log, train.py follows
