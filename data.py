@@ -541,9 +541,8 @@ class Pairs:
     bad: [BadRow], what had to be left out. classes: names of class folders, or None."""
     def __init__(self, path, rows, folder, regions=None):
         self.folder = os.path.join(os.path.abspath(folder), "")  # with a stroke at its end
-        self.rows, self.captions, self.bad, self.regions = [], [], [], regions
-        self.told, self.summaries = [], {}  # a summary's key: (number, text)
-        index = {}  # name or (id,) -> number
+        self.rows, self.captions, self.told, self.bad, self.regions = [], [], [], [], regions
+        self.summaries, index = {}, {}  # (number, text) -> summary; name or (id,) -> number
         for row in rows:
             try:
                 self.add(row, index)
@@ -616,9 +615,10 @@ class Pairs:
 
     def fingerprint(self):
         """A hash of the names and texts, in their order: the same data has the same."""
-        texts = (text for name, told in zip(self.images, self.told) for text in (name, *told))
-        whole = "".join(f"{text}\0" for text in texts)
-        return hashlib.sha256(whole.encode("utf-8", "backslashreplace")).hexdigest()
+        h = hashlib.sha256()
+        for name, told in zip(self.images, self.told):
+            h.update("\0".join([name, *told, ""]).encode("utf-8", "backslashreplace"))
+        return h.hexdigest()
 
     def label(self, i):
         """The number of picture i's class in .classes, or None."""
@@ -911,8 +911,8 @@ class Batches(torch.utils.data.Dataset):
 def collate(samples, tok, context_length):
     """[{name: picture, text, list of k texts or regions}] -> a batch, a dict of tensors: images,
     images_l (b, 3, H, W) uint8; ids (k * b, L) int64 and mask (k * b, L) bool of the captions, L
-    the longest, the k of a picture in a row; summary (of the first caption) and
-    objects as ids, each with its L; regions (b, M, 2052); and masks of these three."""
+    the longest, the k of a picture one after another; summary (of the first caption) and objects as
+    ids, each with its L; regions (b, M, 2052); and masks of these three."""
     batch = {}
     for name in samples[0]:
         column = [s[name] for s in samples]

@@ -562,10 +562,12 @@ def scene_patches(objective, model, tok, scenes):
     D.7 sends patches through h_v; it is left out where neither v nor patches have trained it."""
     images, through_h = [s["image"] for s in scenes], objective.trains_v or model.patches_through_h
     V = encode_images(model, images, patches_through_h=through_h)[1]
-    for s, patches in zip(scenes, V):
-        objects = [join(Scenes.phrase(thing, 0)) for thing in s["things"]]
-        texts = encode_texts(model, tok, [*objects, f"on {s['background']}"])
-        yield patch_scores(objective, patches, *texts).cpu(), torch.from_numpy(s["masks"])
+    texts = [[*(join(Scenes.phrase(thing, 0)) for thing in s["things"]), f"on {s['background']}"]
+             for s in scenes]
+    encoded = encode_texts(model, tok, flat(texts))
+    by_scene = zip(*(x.split([*map(len, texts)]) for x in encoded))
+    for s, patches, own in zip(scenes, V, by_scene):
+        yield patch_scores(objective, patches, *own).cpu(), torch.from_numpy(s["masks"])
 
 
 def scene_segmentation(objective, model, tok, scenes, val):
@@ -650,7 +652,7 @@ def on_scenes(model, tok, args, n=1000):
     _, _, unseen, unseen_swaps = scene_pairs(objective, model, tok, others)
     words = [[word.text for word in s["words"]] for s in scenes]
     telling = [[word.text for word in s["words"] if word.kind] for s in scenes]
-    own, val = list(map(set, words)), Scenes(min(n, 300), 0, size, "val")
+    own, val = list(map(set, words)), list(Scenes(min(n, 300), 0, size, "val"))
     out = {"retrieval": recalls,
            "classification": scene_classes(objective, model, tok, n),
            "segmentation": scene_segmentation(objective, model, tok, scenes, val),

@@ -188,16 +188,14 @@ def fill_in(args):
     args.model = args.model or ("tiny" if scenes else "small")
     tiny, small = args.model == "tiny", args.model == "small"
     defaults = dict(out=os.path.join("runs", args.loss), terms=list(SIX), lam=1 / 3, mu=1 / 3,
-                    steps=1000, batch_size=256 if small else 128, vocab="learn:8000", crop=0.4,
-                    flip=True, lr=5e-4, weight_decay=0.1, sigma="1/P",
+                    steps=1000, batch_size=256 if small else 128, crop=0.4, flip=True, lr=5e-4,
+                    vocab="learn:4000" if small else "learn:8000", weight_decay=0.1, sigma="1/P",
                     local_weight=1.0, patches_through_h=(tiny or small) and args.pool != "cls",
                     workers=4 if args.device == "cuda" else 0)   # they would take a CPU's cores
     if args.loss == "pyramid":
         defaults["crop"] = 0.9                               # PyramidCLIP 3.2: the global view
     if tiny or small:
         defaults |= dict(lr=1.5e-3 if tiny else 1e-3, sigma=0.5, local_weight=0.15)
-    if small:
-        defaults["vocab"] = "learn:4000"
     if scenes:
         defaults |= dict(steps=2800, vocab="learn:1000", crop=None, flip=False)
     if lamb:                                                 # FILIP A.2 and Table 9

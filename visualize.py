@@ -473,8 +473,8 @@ def draw_run(folders, data=None, n=6, device="cpu", out=None, images=None, how="
     else:  # the same for all runs, and read once
         photos = [own] if own else read_photos(data, images, n)
         if how == "pad":
-            whole = (ImageOps.pad(x.image, 2 * [max(x.image.size)], color="white") for x in photos)
-            photos = [x._replace(image=image) for x, image in zip(photos, whole)]
+            photos = [x._replace(image=ImageOps.pad(x.image, 2 * [max(x.image.size)],
+                                                    color="white")) for x in photos]
         samples = [photos] * len(runs)
     out = out or evaluation.place(folders[0], "align.png")
     align_sheet(runs, samples, out)
