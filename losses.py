@@ -4,8 +4,8 @@
     python losses.py sparc > sparc.py     # one of them as a module that runs alone, with torch only
     grep -n "SPARC eq" *.py               # from the numbered equations to their lines
 
-Covers CLIP, SPARC 2 and appendix C, FILIP 3.1, PyramidCLIP 3.4, and the rivals in SPARC's
-like-for-like comparison (its sections 4, D.3, D.4): PACL, GLoRIA, MGCA, CLIP + FILIP.
+Covers CLIP, SPARC 2 and appendix C, FILIP 3.1, PyramidCLIP 3.4, and SPARC's rivals (its sections 4,
+D.3, D.4): PACL, GLoRIA, MGCA, CLIP + FILIP.
 
 Letters, here and in every einsum:
     b, B  pictures    c, C  texts    p, P  patches    l, m, L  text positions    d, D  dimensions
@@ -13,18 +13,16 @@ Letters, here and in every einsum:
     M (C,L) bool mask of the texts, True up to and including the first end-of-text token
 Nothing has to be normalised by the caller. scale = exp(logit_scale) = 1 / temperature.
 
-Many processes: each compares its own rows with the columns of all. The means of their losses and of
-their gradients, which DistributedDataParallel takes, are those of the whole batch.
+Many processes: each compares its own rows with the columns of all. The means of their losses and
+gradients, which DistributedDataParallel takes, are the whole batch's.
 
 Differs from the papers:
-- SPARC's eq. 4 is 0/0 for a word to which all patches are alike. It gets weights 1/P, as the
-  paper's text says.
+- SPARC's eq. 4 is 0/0 for a word to which all patches are alike: 1/P, as the paper's text says.
 - SPARC's eq. 6 is printed as a mean over each text's tokens, then over texts: per_text=True. The
-  pseudo-code of appendix C takes one mean over all tokens of the batch: the default.
-- FILIP 3.1.1 does not say how many tokens 25% of a short text are: here a share of its own real
-  tokens, at least one. SPARC's copy of FILIP reduces one side of each product: one_sided=True.
+  default is appendix C's: one mean over all tokens of the batch.
+- FILIP 3.1.1 does not say of what it sends 25%: here of a sample's real tokens, one at least.
 - PACL, GLoRIA and MGCA are SPARC's versions, from its text and GLoRIA's and MGCA's public code:
-  trained from scratch, learned temperatures. Each docstring says what it changes.
+  trained from scratch, learned temperatures.
 """
 import argparse
 import ast
@@ -107,8 +105,8 @@ def clip_loss(v, t, scale):
 def sparc_alignment(V, T, sigma=None, softmax=False):
     """V (B,P,D), T (B,L,D) of the same pairs -> a (B,L,P), each word's weights on the patches.
 
-    Rows sum to 1. sigma: threshold in 0..1; None is the paper's 1/P, 0 keeps all patches.
-    softmax: a softmax over patches in place of eqs. 2-4. Both are the ablations of Table 6."""
+    Rows sum to 1. sigma: the threshold; None is the paper's 1/P. Table 6's ablations: sigma=0 keeps
+    all patches; softmax takes one over patches in place of eqs. 2-4."""
     s = torch.einsum("bld,bpd->blp", T, V)                      # not normalised          (B, L, P)
     if softmax:
         return s.softmax(-1)
@@ -144,7 +142,7 @@ def sparc_loss(v, t, V, T, M, scale, global_weight=0.5, local_weight=1.0, sigma=
                per_text=False):
     """v t (b,D), V (b,P,D), T (b,L,D), M (b,L) of the same pairs -> {"loss", "global", "local"}.
 
-    SPARC 2. sigma, softmax: see sparc_alignment. per_text: see within_pair_loss."""
+    SPARC 2. sigma, softmax: as of sparc_alignment; per_text: of within_pair_loss."""
     a = sparc_alignment(V, T, sigma, softmax)                   # (b, L, P)
     c = torch.einsum("blp,bpd->bld", a, V)                      # SPARC eq. 5: what each word sees
     local_part = within_pair_loss(c, T, M, scale, per_text)
@@ -208,7 +206,7 @@ def filip_loss(V, T, M, scale, keep=1.0, gather_dtype=None, one_sided=False):
 
 
 def clip_filip_loss(v, t, V, T, M, scale, **options):
-    """SPARC's attempt at steadying FILIP (D.3, Tables 9, 10): their sum; the paper has no weights.
+    """SPARC's steadier FILIP (D.3, Tables 9, 10): a sum, without weights as far as the paper says.
     options: those of filip_loss. -> {"loss", "global", "local"}"""
     global_part, local_part = clip_loss(v, t, scale), filip_loss(V, T, M, scale, **options)
     return {"loss": global_part + local_part, "global": global_part, "local": local_part}
@@ -241,22 +239,22 @@ def pyramid_loss(v_g, v_l, v_r, l_s, l_t, l_a, scale, alpha=0.2, lam=1/3, mu=1/3
     """PyramidCLIP 3.2-3.4: vectors (b,D) of the same pairs -> {"loss", "peer", "cross_global", ...}
 
     v_g global crop, v_l local crop, v_r regions; l_s summary, l_t caption, l_a objects' names.
-    terms: some of GROUPS. A group is the mean of its terms. A vector may be None: its terms fall
-    away. The weights of the groups that are left are divided by their sum; the paper gives none for
-    "mismatched", which has 1/3 here. Raises ValueError if no term with a weight is left."""
+    terms: some of GROUPS; those of a vector that is None fall away. A group is its terms' mean. The
+    weights are divided by their sum; 1/3 for "mismatched" is ours. ValueError: nothing is left."""
     pictures, texts = {"G": v_g, "L": v_l, "R": v_r}, {"S": l_s, "T": l_t, "A": l_a}
     shares = {"peer": 1 - lam - mu, "cross_global": lam, "cross_local": mu, "mismatched": 1/3}
-    out, weights = {}, {}
+    out = {}
     for group, members in GROUPS.items():
         pairs = [(pictures[m[0]], texts[m[1]]) for m in members if m in terms]
         losses = [soft_clip_loss(x, y, scale, alpha)
                   for x, y in pairs if x is not None and y is not None]
         if losses:
-            out[group], weights[group] = sum(losses) / len(losses), shares[group]
-    if not any(weights.values()):
+            out[group] = sum(losses) / len(losses)
+    weight = sum(shares[group] for group in out)
+    if not weight:
         raise ValueError("pyramid_loss: no term with a weight is left")
-    total = sum(weights[group] * out[group] for group in out)   # PyramidCLIP eq. 4
-    return {"loss": total / sum(weights.values()), **out}
+    total = sum(shares[group] * out[group] for group in out)    # PyramidCLIP eq. 4
+    return {"loss": total / weight, **out}
 
 
 # ------------------------------------------------------------------------------------------- PACL
@@ -280,8 +278,7 @@ def pacl_similarity(V, t):
 
 
 def pacl_loss(V, t, scale, gather_dtype=None):
-    """V (b,P,D), t (b,D) of the same pairs -> scalar. SPARC D.3: from scratch, learned temperature,
-    where PACL trains a small part on top of a frozen CLIP."""
+    """V (b,P,D), t (b,D) of the same pairs -> scalar. SPARC D.3; PACL starts from a frozen CLIP."""
     v_to_t = pacl_similarity(V, gather(t))                      # my pictures, all texts (b, B)
     t_to_v = v_to_t.T
     if world() > 1:
@@ -301,10 +298,10 @@ def gloria_similarity(V, T, M):
     """V (B,P,D), T (C,L,D), M (C,L) -> (B,C). GLoRIA's local similarity of pictures and texts.
 
     Each word attends to the patches; its cosine with what it sees enters a log-sum-exp over words,
-    which favours long texts; 5 is the temperature of GLoRIA's code. SPARC D.3 divides by sqrt(D)"""
+    which favours long texts; 5 is the temperature of GLoRIA's code."""
     def similarity(V, T, M):
         s = torch.einsum("bpd,cld->bclp", V, unit(T))           # (B, C, L, P)
-        w = s * (T.norm(dim=-1, keepdim=True) / T.shape[-1] ** 0.5)        # <T, V> / sqrt(D)
+        w = s * (T.norm(dim=-1, keepdim=True) / T.shape[-1] ** 0.5)        # SPARC D.3: / sqrt(D)
         r = attended_cosine(gloria_attention(w, M), s, V)       # (B, C, L)
         return (5 * r).masked_fill(~M, -torch.inf).logsumexp(2)
 
@@ -317,8 +314,7 @@ def gloria_similarity(V, T, M):
 def gloria_loss(v, t, V, T, M, scale, scale_local, gather_dtype=None):
     """v t (b,D), V (b,P,D), T (b,L,D), M (b,L) of the same pairs -> {"loss", "global", "local"}.
 
-    SPARC D.3. Both scales are learned, where GLoRIA's code fixes them at 10. Each level is the mean
-    of its directions, where that code takes their sum."""
+    SPARC D.3. GLoRIA's code fixes both scales at 10, and adds the directions: here their mean."""
     v_to_t = gloria_similarity(V, *gather_texts(T, M, gather_dtype))       # (b, B)
     t_to_v = v_to_t.T
     if world() > 1:
@@ -355,25 +351,20 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim, width):
         super().__init__()
-        self.q = nn.Linear(dim, width)
-        self.k = nn.Linear(dim, width)
-        self.v = nn.Linear(dim, width)
+        self.q, self.k, self.v = (nn.Linear(dim, width) for _ in range(3))
         self.out = nn.Linear(width, dim)
 
-    def forward(self, query, key, mask=None):
-        """query (b,N,D), key (b,n,D), mask (b,n) -> (b,N,D)"""
-        s = torch.einsum("bNd,bnd->bNn", self.q(query), self.k(key)) / self.q.out_features ** 0.5
-        if mask is not None:
-            s = s.masked_fill(~mask[:, None], -torch.inf)
-        return self.out(torch.einsum("bNn,bnd->bNd", s.softmax(-1), self.v(key)))
+    def forward(self, query, key, mask):
+        """query (b,N,D), key (b,n,D), mask (b,n), True where key is real -> (b,N,D)"""
+        q, k, v = self.q(query), self.k(key), self.v(key)
+        return self.out(F.scaled_dot_product_attention(q, k, v, mask[:, None]))
 
 
 class MGCA(nn.Module):
     """MGCA as SPARC runs it (D.3): instances (ITA), tokens (CTA), prototypes (CPA); own scales.
 
-    Its public code weights words and patches by the towers' attention to [CLS], does not normalise
-    the attended patches and leaves padding in the denominators. Here, as in SPARC, all count alike;
-    everything is normalised, and padding takes no part."""
+    Its public code weights words and patches by the towers' attention to [CLS]: here all count
+    alike. It normalises no attended patches, and means count padding: here neither is so."""
 
     def __init__(self, dim, prototypes=500, width=128):
         super().__init__()
@@ -388,7 +379,7 @@ class MGCA(nn.Module):
         ita_scale, cta_scale, cpa_scale = self.log_scales.exp()
         ita = clip_loss(v, t, ita_scale)
         every_patch = torch.ones_like(V[..., 0], dtype=torch.bool)
-        words = within_pair_loss(T, self.words_see(T, V), M, cta_scale)
+        words = within_pair_loss(T, self.words_see(T, V, every_patch), M, cta_scale)
         patches = within_pair_loss(V, self.patches_see(V, T, M), every_patch, cta_scale)
         cta = words + patches
         cpa = self.prototype_loss(unit(v), unit(t), cpa_scale)
@@ -409,27 +400,19 @@ class MGCA(nn.Module):
 
 
 # ------------------------------------------------------------------------- the objectives by name
-# f: the dict of features that model(batch) returns; head: what the objective learns beside the
-# towers. Each returns a dict of scalars: "loss" is minimised, all are logged.
-def clip(f, head):
-    return {"loss": clip_loss(f["v"], f["t"], f["scale"])}
-
-
-def filip(f, head, **options):
-    return {"loss": filip_loss(f["V"], f["T"], f["M"], f["scale"], **options)}
-
-
-def clip_filip(f, head, **options):
-    return clip_filip_loss(f["v"], f["t"], f["V"], f["T"], f["M"], f["scale"], **options)
+# Each is loss(f, head, **options) -> dict of scalars: "loss" is minimised, all are logged. f: the
+# dict of features that model(batch) returns; head: what the objective learns beside the towers.
+def loss_of(function, names):
+    """The loss that calls function with the features of these names, in this order."""
+    def loss(f, head, **options):
+        out = function(*(f[name] for name in names.split()), **options)
+        return out if isinstance(out, dict) else {"loss": out}
+    return loss
 
 
 def pyramid(f, head, **options):
     return pyramid_loss(f["v"], f.get("v_l", f["v"]), f.get("v_r"), f["l_s"], f["t"], f.get("l_a"),
                         f["scale"], **options)
-
-
-def pacl(f, head, **options):
-    return {"loss": pacl_loss(f["V"], f["t"], f["scale"], **options)}
 
 
 def gloria(f, head, **options):
@@ -441,55 +424,46 @@ def mgca(f, head):
     return head(f["v"], f["t"], f["V"], f["T"], f["M"])
 
 
-def sparc(f, head, **options):
-    return sparc_loss(f["v"], f["t"], f["V"], f["T"], f["M"], f["scale"], **options)
-
-
-# How pictures and texts are compared once trained -> the matrix (B,C) that ranks texts for a
-# picture, and the one that ranks pictures for a text.
-def score_global(v, V, t, T, M):
-    s = unit(v) @ unit(t).T
-    return s, s
-
-
-def score_late(v, V, t, T, M):
-    return filip_similarity(V, T, M)
-
-
-def score_pooled(v, V, t, T, M):
-    s = pacl_similarity(V, t)
-    return s, s
-
-
 class Objective(typing.NamedTuple):
     loss: typing.Callable                       # loss(f, head, **options)
     function: str                               # what `python losses.py NAME` prints
     about: str                                  # what it compares, in a line
     options: tuple = ()                         # names of the options of loss that a run can set
     head: typing.Callable = nn.Identity         # head(D) -> module; this one learns nothing
-    score: typing.Callable = score_global
     late: bool = False                          # words and patches meet one by one, by cosine
     trains_v: bool = True                       # the loss uses v, so the layer h_v before it learns
     local: str = ""                             # the part that compares words, patches of one pair
+
+    def score(self, v, V, t, T, M):
+        """What ranks texts for a picture (B,C), and pictures for a text (B,C), once trained."""
+        if self.late:
+            return filip_similarity(V, T, M)
+        s = unit(v) @ unit(t).T if self.trains_v else pacl_similarity(V, t)
+        return s, s
 
 
 DTYPES = {None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILIP_OPTIONS = ("keep", "one_sided", "gather_dtype")
 # Your own objective: a loss above and a line here; a new option needs a line in train.py too
 OBJECTIVES = {
-    "clip": Objective(clip, "clip_loss", "one vector a picture with one a text, in all pairs"),
-    "filip": Objective(filip, "filip_loss", "each patch's best word, each word's best patch",
-                       FILIP_OPTIONS, score=score_late, late=True, trains_v=False),
-    "clip+filip": Objective(clip_filip, "clip_filip_loss", "the sum of both", FILIP_OPTIONS),
+    "clip": Objective(loss_of(clip_loss, "v t scale"), "clip_loss",
+                      "one vector a picture with one a text, in all pairs"),
+    "filip": Objective(loss_of(filip_loss, "V T M scale"), "filip_loss",
+                       "each patch's best word, each word's best patch", FILIP_OPTIONS, late=True,
+                       trains_v=False),
+    "clip+filip": Objective(loss_of(clip_filip_loss, "v t V T M scale"), "clip_filip_loss",
+                            "the sum of both", FILIP_OPTIONS),
     "pyramid": Objective(pyramid, "pyramid_loss", "crops, regions; summary, caption, object names",
                          ("alpha", "lam", "mu", "terms")),
-    "pacl": Objective(pacl, "pacl_loss", "patches pooled by their cosine with each text",
-                      ("gather_dtype",), score=score_pooled, trains_v=False),
+    "pacl": Objective(loss_of(pacl_loss, "V t scale"), "pacl_loss",
+                      "patches pooled by their cosine with each text", ("gather_dtype",),
+                      trains_v=False),
     "gloria": Objective(gloria, "gloria_loss", "words with the patches they attend to; and clip",
                         ("gather_dtype",), LocalScale),
     "mgca": Objective(mgca, "MGCA", "words and patches within a pair, prototypes; and clip",
                       head=MGCA, local="cta"),
-    "sparc": Objective(sparc, "sparc_loss", "words with their sparse patches in a pair; and clip",
+    "sparc": Objective(loss_of(sparc_loss, "v t V T M scale"), "sparc_loss",
+                       "words with their sparse patches in a pair; and clip",
                        ("global_weight", "local_weight", "sigma", "softmax", "per_text"),
                        local="local"),
 }
@@ -501,15 +475,15 @@ DENSE = 1 << 20                         # filip_similarity goes by blocks above 
 
 def by_length(M):
     """M (C,L) -> [(indices of texts, the longest's length)]: texts in order of length, an eighth of
-    them at a time (32 to 256). Cut to that length, padding costs next to nothing."""
+    them at a time (32 to 256), so that little padding is left."""
     length = (M * torch.arange(1, M.shape[1] + 1, device=M.device)).amax(1)
-    parts = length.argsort().split(min(256, max(32, -(-len(M) // 8))))
+    parts = length.argsort().split(min(256, max(32, len(M) // 8)))
     return [(texts, int(length[texts[-1]])) for texts in parts]
 
 
 def by_blocks(similarity, V, *text, elements=1 << 24):
-    """similarity(V, *text) (B,C) for as many pictures at a time as make `elements` products of a
-    token and a patch. Backward computes each block again, so that one at a time is in memory."""
+    """similarity(V, *text) (B,C) by blocks of pictures, about `elements` products of a token and a
+    patch each. Backward computes them again, so one at a time is in memory."""
     tokens = math.prod(text[0].shape[:-1])
     n = max(1, elements // (tokens * V.shape[1]))
     if n >= len(V):
@@ -627,10 +601,9 @@ def cut_out(name, plain=False):
 
 
 def main():
-    ap = argparse.ArgumentParser(description="List the objectives, or print one as a module that "
-                                             "runs alone, in one process or many, with torch only.")
+    ap = argparse.ArgumentParser(description="List the objectives, or print one as a module.")
     ap.add_argument("name", nargs="?", help="an objective, or any function or class of this file")
-    ap.add_argument("--plain", action="store_true", help="leave fast paths out, keep readable ones")
+    ap.add_argument("--plain", action="store_true", help="leave fast paths out")
     args = ap.parse_args()
     if args.name:
         try:
@@ -638,8 +611,7 @@ def main():
         except KeyError:
             ap.error(f"there is no {args.name!r} here: `python losses.py` lists what there is")
         return
-    print("python losses.py NAME prints an objective as a module that runs alone\n")
-    print(f"{'name':11}{'lines':>6}{'--plain':>8}   what it compares")
+    print(f"{'NAME':11}{'lines':>6}{'--plain':>8}   what it compares (losses.py NAME prints it)")
     for name, objective in OBJECTIVES.items():
         whole, plain = (len(cut_out(name, p).splitlines()) for p in (False, True))
         print(f"{name:11}{whole:6}{plain:8}   {objective.about}")

@@ -6,32 +6,28 @@
 Papers: FILIP 3.1, A.2, Table 7; PyramidCLIP 3.1, 3.3, A.2, Figure 6; SPARC 2, D.1, D.3, D.7.
 Parameter names are OpenAI CLIP's: load_openai(path) reads its weights, and its code reads ours.
 
-v, V are a picture and its patches, t, T a text and its tokens, v_r a picture as a detector sees it.
-B images, C texts, P patches, L positions of a text, R regions, D dimension of the shared space,
-w width of a tower. Parts of both towers: B sequences of N positions.
-pool="cls" (CLIP, FILIP, PyramidCLIP): v is of a [CLS] token in front of the patches, t of EOT. The
-    text tower is causal.
+v, V: a picture and its patches; t, T: a text and its tokens; v_r: a picture as a detector sees it.
+B images, C texts, P patches, L positions of a text, D dimension of the shared space, w width of a
+tower. Parts of both towers: B sequences of N positions.
+pool="cls" (CLIP, FILIP, PyramidCLIP): v is of a [CLS] token before the patches, t of EOT; causal.
 pool="mean" (SPARC): v = g_v(h_v(mean of f_v)), t = g_t(mean of f_t over real tokens).
 
 What differs from the papers:
-SPARC. h_v is "a single non-linear layer": here linear and GELU. It does not say whether the text
-    tower is causal: here it is not, unless causal=True. Appendix C leaves h_v out and averages
-    padding too: we do neither. ln_pre and a patch embedding without bias are CLIP's.
+SPARC. h_v, "a single non-linear layer", is linear and GELU. It does not say whether the text tower
+    is causal: here not. Appendix C leaves h_v out and averages padding too: we do neither. ln_pre
+    and a patch embedding without bias are CLIP's.
 PyramidCLIP. As its released model: BatchNorm and activation after each of LeFF's layers; a norm on
-    regions (ln_pre in a ViT, LayerNorm in a ResNet); before the regions the picture's class token
-    (ViT) or their mean (ResNet), not a random vector. Ours: padding among regions is masked, and
-    both crops pass BatchNorm at once.
-FILIP. A.2 fine-tunes with larger images and does not say how positions follow: here bicubic.
+    regions; before them [CLS] (ViT) or their mean (ResNet), not a random vector. Ours: padding
+    among regions is masked, and both crops pass BatchNorm at once.
+FILIP. A.2 does not say how positions follow a larger image: here bicubic.
 PACL. e_v is written from others' descriptions, not from PACL's paper.
-`tiny` and `small` are ours, for CPUs. tiny: two layers of SPARC's towers, for the built-in scenes.
-    small: a small ResNet under SPARC's pooling, for some thousand photos, too few for a ViT.
+Ours, for CPUs: `tiny`, two layers of SPARC's towers, for the built-in scenes; `small`, a small
+    ResNet under SPARC's pooling, for some thousand photos, too few for a ViT.
 """
 import argparse, gzip, heapq, html, math, os, pickle, zipfile
 from collections import Counter, OrderedDict, defaultdict
 from typing import NamedTuple
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+import torch, torch.nn as nn, torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -84,7 +80,7 @@ class Config(NamedTuple):
     stem: tuple = ()                 # convolutions for patches: the blocks in each stage
     leff: int = 0                    # PyramidCLIP's L_s: so many blocks, from the first, have LeFF
     front: int = None                # regions enter behind so many blocks; None: behind leff
-    regions: int = 0                 # the size of one region's features; 0: the model takes none
+    regions: int = 0                 # numbers of a region, box included; 0: the model takes none
     embedder: bool = False           # PACL's e_v in place of the linear adapter g_v
 
 
@@ -97,13 +93,12 @@ TEXT = dict(embed_dim=512, vocab_size=49408, context_length=77, text_width=512, 
 TEXT_L = TEXT | dict(embed_dim=768, text_width=768, text_heads=12)
 SPARC = dict(embed_dim=512, vocab_size=32000, context_length=55, text_width=768, text_layers=12,
              text_heads=12, pool="mean", act="gelu")
+OURS = SPARC | dict(vision_width=128, vision_heads=2, embed_dim=128, text_layers=2)
 CONFIGS = {
-    "tiny": SPARC | dict(image_size=56, patch_size=8, vision_width=128, vision_layers=2,
-                         vision_heads=2, embed_dim=128, vocab_size=618, context_length=32,
-                         text_width=128, text_layers=2, text_heads=2),
-    "small": SPARC | dict(image_size=112, patch_size=16, stem=(2, 2, 2), vision_width=128,
-                          vision_layers=0, vision_heads=2, embed_dim=128, vocab_size=4000,
-                          context_length=48, text_width=192, text_layers=2, text_heads=3),
+    "tiny": OURS | dict(image_size=56, patch_size=8, vision_layers=2, vocab_size=618,
+                        context_length=32, text_width=128, text_heads=2),
+    "small": OURS | dict(image_size=112, patch_size=16, stem=(2, 2, 2), vision_layers=0,
+                         vocab_size=4000, context_length=48, text_width=192, text_heads=3),
     "RN50": RN50 | TEXT | dict(embed_dim=1024),
     "ViT-B/32": B32 | TEXT,
     "ViT-B/16": B16 | TEXT,
@@ -142,14 +137,17 @@ def unpack(x, rows, shape):
     return x.new_zeros(shape.numel(), x.shape[-1]).index_copy(0, rows, x).view(*shape, -1)
 
 
-def attend(q, k, v, seen=None):
-    """q, k, v (B, heads, N, w / heads), seen as in Attention -> as q."""
-    if q.device.type != "cpu" or q.shape[-2] > 256:             # below: a faster backward on CPUs
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)                      # (B, heads, N, N)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, float("-inf"))
-    return scores.softmax(-1).to(v.dtype) @ v
+def attend(q, k, v, heads, seen=None):
+    """q, k, v (B, N, w), seen as in Attention -> (B, N, w)."""
+    q, k, v = [x.unflatten(2, (heads, -1)).transpose(1, 2).contiguous() for x in (q, k, v)]
+    if q.device.type != "cpu" or q.shape[2] > 256:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    else:                                                       # a faster backward on CPUs
+        s = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)                         # (B, heads, N, N)
+        if seen is not None:
+            s = s.masked_fill(~seen, float("-inf"))
+        y = s.softmax(-1).to(v.dtype) @ v
+    return y.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.MultiheadAttention):
@@ -159,17 +157,15 @@ class Attention(nn.MultiheadAttention):
         packed: (rows, (B, N)). x is then (n, w), those rows alone: linear layers skip padding."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if packed is not None:
-            qkv = unpack(qkv, *packed)
-        qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
-        y = attend(*qkv, seen).transpose(1, 2).flatten(2)                  # (B, N, w)
+            qkv = unpack(qkv, *packed)                                     # (B, N, 3 w)
+        y = attend(*qkv.chunk(3, 2), self.num_heads, seen)                 # (B, N, w)
         if packed is not None:
             y = y.flatten(0, 1).index_select(0, packed[0])
         return self.out_proj(y)
 
 
 class LeFF(nn.Module):
-    """Locally-enhanced feed-forward, PyramidCLIP 3.3. x (B, P or 1 + P, w) -> the same shape.
-    It mixes each patch with its neighbours on the grid. A class token passes unchanged."""
+    """PyramidCLIP 3.3: a feed-forward that mixes neighbours on the grid; [CLS] passes unchanged."""
     def __init__(self, width, grid, act):
         super().__init__()
         self.grid, self.act, wide = grid, act(), 4 * width
@@ -179,6 +175,7 @@ class LeFF(nn.Module):
         self.c_proj, self.bn3 = nn.Linear(wide, width), nn.BatchNorm1d(width)
 
     def forward(self, x):
+        """x (B, P or 1 + P, w) -> the same shape."""
         B, g, P = len(x), self.grid, self.grid ** 2
         cls, y = x[:, :-P], x[:, -P:]
         y = self.act(self.bn1(self.c_fc(y).flatten(0, 1)))                 # (B P, 4w)
@@ -227,16 +224,20 @@ class Transformer(nn.Module):
 
 
 # -------------------------------------------------------------------------------- the image towers
+def conv(inside, w, size, stride=1):
+    """A size x size convolution and its BatchNorm, for maps with `inside` channels -> with w."""
+    return nn.Conv2d(inside, w, size, stride, size // 2, bias=False), nn.BatchNorm2d(w)
+
+
 class Residual(nn.Module):
     """Two 3x3 convolutions and a shortcut, in which a stride is an average pooling."""
     def __init__(self, inside, w, stride):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inside, w, 3, stride, 1, bias=False), nn.BatchNorm2d(w)
-        self.conv2, self.bn2 = nn.Conv2d(w, w, 3, 1, 1, bias=False), nn.BatchNorm2d(w)
+        self.conv1, self.bn1 = conv(inside, w, 3, stride)
+        self.conv2, self.bn2 = conv(w, w, 3)
         self.downsample = nn.Sequential()
         if stride > 1:
-            self.downsample.extend([nn.AvgPool2d(stride), nn.Conv2d(inside, w, 1, bias=False),
-                                    nn.BatchNorm2d(w)])
+            self.downsample.extend([nn.AvgPool2d(stride), *conv(inside, w, 1)])
         nn.init.zeros_(self.bn2.weight)                                    # starts as its shortcut
 
     def forward(self, x):
@@ -247,7 +248,7 @@ class Residual(nn.Module):
 def conv_stem(stages, width):
     """A small ResNet: (B, 3, H, W) -> (B, width, H / s, W / s), s = 2 ** (1 + len(stages))."""
     inside = width >> len(stages) - 1
-    layers = [nn.Conv2d(3, inside, 3, 2, 1, bias=False), nn.BatchNorm2d(inside), nn.ReLU()]
+    layers = [*conv(3, inside, 3, 2), nn.ReLU()]
     for n, blocks in enumerate(stages):
         w = width >> len(stages) - 1 - n                                   # twice the stage before
         layers += [Residual(inside, w, 2), *(Residual(w, w, 1) for _ in range(blocks - 1))]
@@ -260,7 +261,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, c):
         super().__init__()
         w, D, std = c.vision_width, c.embed_dim, c.vision_width ** -0.5
-        self.pool, self.patch_size, self.embedder = c.pool, c.patch_size, c.embedder
+        self.pool, self.patch_size = c.pool, c.patch_size
         self.grid = c.image_size // c.patch_size                           # P = grid x grid
         self.front = c.leff if c.front is None else c.front                # blocks in f1
         if c.stem:
@@ -286,18 +287,16 @@ class VisionTransformer(nn.Module):
 
     def adapter(self, f):
         """f (..., w) -> (..., D): g_v, or PACL's e_v, which is linear + (linear, ReLU, linear)."""
-        if self.embedder:
+        if hasattr(self, "e_v"):
             return self.e_v["skip"](f) + self.e_v["main"](f)
         return f @ self.proj
 
     def patches(self, images):
         """images (B, 3, H, W) -> (B, P, w), by the stem, or each patch by a linear map: conv1."""
         if hasattr(self, "stem"):
-            x = self.stem(images.contiguous(memory_format=torch.channels_last))
-            return x.flatten(2).transpose(1, 2)
-        s = self.patch_size
-        x = images.unfold(2, s, s).unfold(3, s, s).permute(0, 2, 3, 1, 4, 5)
-        return F.linear(x.reshape(len(x), -1, 3 * s * s), self.conv1.weight.flatten(1))
+            return self.stem(images.contiguous(memory_format=torch.channels_last)).flatten(2).mT
+        x = F.pixel_unshuffle(images, self.patch_size).flatten(2).mT       # (B, P, 3 s s)
+        return F.linear(x, self.conv1.weight.flatten(1))
 
     def forward(self, images, patches_through_h=False):
         """images (B, 3, H, W) -> v (B, D), V (B, P, D)."""
@@ -311,10 +310,8 @@ class VisionTransformer(nn.Module):
         v = self.adapter(self.h_v(f.mean(1)))
         return v, self.adapter(self.h_v(f) if patches_through_h else f)
 
-    def encode_regions(self, R, mask):
-        """R (B, N, regions), mask (B, N) -> v_r (B, D) = f2(phi(R)). R holds positions. f2 is all
-        behind `front` blocks. If none is left (Figure 6, L_s = 12), [CLS] meets no region."""
-        x = R @ self.phi                                                   # (B, N, w)
+    def encode_regions(self, x, mask):
+        """x (B, N, w), mask (B, N) -> v_r (B, D) = f2(x), the blocks from number `front` on."""
         if self.pool == "cls":
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
             mask = F.pad(mask, (1, 0), value=True)
@@ -328,13 +325,13 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions. A stride is an average pooling, in branch and shortcut."""
     def __init__(self, inside, w, stride):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inside, w, 1, bias=False), nn.BatchNorm2d(w)
-        self.conv2, self.bn2 = nn.Conv2d(w, w, 3, padding=1, bias=False), nn.BatchNorm2d(w)
-        self.conv3, self.bn3 = nn.Conv2d(w, 4 * w, 1, bias=False), nn.BatchNorm2d(4 * w)
+        self.conv1, self.bn1 = conv(inside, w, 1)
+        self.conv2, self.bn2 = conv(w, w, 3)
+        self.conv3, self.bn3 = conv(w, 4 * w, 1)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = nn.Sequential()
         if inside != 4 * w:
-            self.downsample.extend([nn.Conv2d(inside, 4 * w, 1, bias=False), nn.BatchNorm2d(4 * w)])
+            self.downsample.extend(conv(inside, 4 * w, 1))
         nn.init.zeros_(self.bn3.weight)                                    # starts as its shortcut
 
     def forward(self, x):
@@ -356,9 +353,8 @@ class AttentionPool(nn.Module):
 
     def forward(self, x, seen=None):
         """x (B, 1 + cells, w), seen as in Attention -> (B, 1 + cells, D)"""
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = [layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in layers]
-        return self.c_proj(attend(q, k, v, seen).transpose(1, 2).flatten(2))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.c_proj(attend(q, k, v, self.heads, seen))
 
 
 class ModifiedResNet(nn.Module):
@@ -367,9 +363,9 @@ class ModifiedResNet(nn.Module):
         super().__init__()
         self.grid = c.image_size // 32                                     # P = grid x grid
         width, half, w = c.vision_width, c.vision_width // 2, 32 * c.vision_width
-        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half)
-        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, 1, 1, bias=False), nn.BatchNorm2d(half)
-        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = conv(3, half, 3, 2)
+        self.conv2, self.bn2 = conv(half, half, 3)
+        self.conv3, self.bn3 = conv(half, width, 3)
         inside = width
         for n, blocks in enumerate(c.vision_layers):
             stage = [Bottleneck(inside, width << n, 2 if n else 1)]
@@ -391,9 +387,8 @@ class ModifiedResNet(nn.Module):
         y = self.attnpool(x)                                               # (B, 1 + P, D)
         return y[:, 0], y[:, 1:]
 
-    def encode_regions(self, R, mask):
-        """R (B, N, regions), mask (B, N) -> v_r (B, D). Here f2 is the attention pooling."""
-        x = R @ self.phi                                                   # (B, N, w)
+    def encode_regions(self, x, mask):
+        """x (B, N, w), mask (B, N) -> v_r (B, D) = f2(x): here f2 is the attention pooling."""
         x = self.roi_norm(torch.cat([masked_mean(x, mask)[:, None], x], 1))
         return self.attnpool(x, F.pad(mask, (1, 0), value=True)[:, None, None])[:, 0]
 
@@ -406,28 +401,25 @@ class CLIP(nn.Module):
         c = Config(**config)
         if c.causal is None:
             c = c._replace(causal=c.pool == "cls")
-        self.config = c._asdict()
-        self.pool, self.causal, self.context_length = c.pool, c.causal, c.context_length
+        self.config, self.context_length = c._asdict(), c.context_length
         self.patches_through_h = c.patches_through_h
         resnet = isinstance(c.vision_layers, tuple)
         self.visual = ModifiedResNet(c) if resnet else VisionTransformer(c)
         w, layers = c.text_width, c.text_layers
         self.token_embedding = nn.Embedding(c.vocab_size, w)
-        self.positional_embedding = nn.Parameter(torch.empty(c.context_length, w))
         self.transformer = Transformer(w, layers, c.text_heads, c.act)
         self.ln_final = LayerNorm(w)
-        self.text_projection = nn.Parameter(torch.empty(w, c.embed_dim))   # g_t
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         # The text tower starts as OpenAI's; the image blocks keep PyTorch's defaults
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.context_length, w))
         deep = w ** -0.5 * (2 * layers) ** -0.5
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=w ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=deep)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * w) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=deep)
-        nn.init.normal_(self.text_projection, std=w ** -0.5)
+        self.text_projection = nn.Parameter(w ** -0.5 * torch.randn(w, c.embed_dim))       # g_t
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images, patches_through_h=None):
         """images (B, 3, H, W) float, normalised -> v (B, D), V (B, P, D). UserError: another size.
@@ -446,7 +438,7 @@ class CLIP(nn.Module):
         if L > most:
             raise UserError(f"{L} tokens, a text has at most {most}: set context_length={most}")
         seen = mask[:, None, None]
-        if self.causal:                         # a real token never sees the padding behind it
+        if self.config["causal"]:               # a real token never sees the padding behind it
             seen = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()
         x = self.token_embedding(ids) + self.positional_embedding[:L]      # (C, L, w)
         n = int(mask.sum())                                                # real tokens in all
@@ -455,7 +447,7 @@ class CLIP(nn.Module):
         x = self.transformer(x.flatten(0, 1).index_select(0, rows), seen, (rows, mask.shape))
         f = unpack(self.ln_final(x[:n]), rows[:n], mask.shape)             # (C, L, w)
         T = f @ self.text_projection
-        if self.pool == "cls":
+        if self.config["pool"] == "cls":
             return T[torch.arange(C, device=ids.device), mask.sum(1) - 1], T             # at EOT
         return masked_mean(f, mask) @ self.text_projection, T
 
@@ -463,18 +455,17 @@ class CLIP(nn.Module):
         """R (B, N, 2052), mask (B, N) bool -> v_r (B, D). UserError: a model without regions."""
         if not self.config["regions"]:
             raise UserError("this model takes no regions: build it with regions=2052")
-        return self.visual.encode_regions(R, mask)
+        return self.visual.encode_regions(R @ self.visual.phi, mask)
 
     def forward(self, images, ids, mask, images_l=None, regions=None, regions_mask=None,
                 summary=None, summary_mask=None, objects=None, objects_mask=None):
-        """-> features: v (B, D), V (B, P, D), t (C, D), T (C, L, D), M (C, L) the mask, and
-        scale = exp(logit_scale). PyramidCLIP's views add v_l of the local crop images_l (v is then
-        of the global crop), v_r of regions, l_s of the summary, l_a of the objects' names."""
+        """-> features: v (B, D), V (B, P, D), t (C, D), T (C, L, D), M (C, L) the mask, scale.
+        PyramidCLIP's views add v_l of a local crop, v_r of regions, l_s, l_a of further texts."""
+        B = len(images)
         if images_l is not None:
             images = torch.cat([images, images_l])
         v, V = self.encode_image(images)
         t, T = self.encode_text(ids, mask)
-        B = len(ids)
         f = {"v": v[:B], "V": V[:B], "t": t, "T": T, "M": mask, "scale": self.logit_scale.exp()}
         if images_l is not None:
             f["v_l"] = v[B:]
@@ -489,8 +480,7 @@ class CLIP(nn.Module):
 
 @torch.no_grad()
 def clamp_scales(module):
-    """Keep every learned scale in [1, 100]. To be called after each step of the optimiser: a clamp
-    inside forward would have gradient 0 at the bound, so the scale could not come back."""
+    """Keep each learned scale in [1, 100], after a step: a clamp in forward has no gradient."""
     for name, p in module.named_parameters():
         if "logit_scale" in name or "log_scale" in name:
             p.clamp_(0, math.log(100))
@@ -500,44 +490,44 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def settle(name, named, overrides):
-    """A Config with the overrides that are not None -> Config. UserError: they do not fit."""
-    c = named._replace(**{k: value for k, value in overrides.items() if value is not None})
-    fixed = ("patch_size", "vision_width", "vision_layers", "vision_heads", "pool",
-             "patches_through_h", "leff", "front", "embedder")
-    wrong = [field for field in fixed if getattr(c, field) != getattr(named, field)]
-    if wrong and isinstance(named.vision_layers, tuple):
-        raise UserError(f"{name}'s image tower is a ResNet, which has no {', '.join(wrong)} to "
-                        f"choose: leave that out, or take a ViT")
+def variant(config, overrides):
+    """A model like config, with the overrides that are not None. UserError: they do not fit."""
+    old = Config(**config)._asdict()
+    new = {field: x for field, x in overrides.items() if x not in (None, old[field])}
+    c = Config(**old | new)
+    of_vits = ("patch_size", "vision_width", "vision_layers", "vision_heads", "pool",
+               "patches_through_h", "leff", "front", "embedder")
+    wrong = [field for field in new if field in of_vits]
+    if wrong and isinstance(old["vision_layers"], tuple):
+        raise UserError(f"this is a ResNet, which has no {', '.join(wrong)} to set: take a ViT")
     if c.stem and c.patch_size != 2 << len(c.stem):
         raise UserError(f"a stem of {len(c.stem)} stages has patches of {2 << len(c.stem)} pixels")
-    patch, rest = c.patch_size, c.image_size % c.patch_size
-    if rest:
-        below = c.image_size - rest
-        raise UserError(f"patches of {patch} pixels do not divide an image of {c.image_size}: "
-                        f"try an image size of {max(patch, below)} or {below + patch}")
+    patch, size = c.patch_size, c.image_size
+    if size % patch:
+        fits = max(patch, size - size % patch)
+        raise UserError(f"patches of {patch} pixels do not divide an image of {size}: "
+                        f"try an image size of {fits} or {fits + patch}")
     if c.vision_width % c.vision_heads or c.text_width % c.text_heads:
         raise UserError("vision_heads or text_heads do not divide their width: choose width / 64")
     layers = c.vision_layers
     if isinstance(layers, int) and max(c.leff, c.front or 0) > layers:
         raise UserError(f"leff={c.leff}, front={c.front}: choose at most vision_layers={layers}")
-    if c.pool == "cls" and not c.vision_layers:
-        raise UserError("without blocks a [CLS] token sees no patch: choose layers, or pool='mean'")
     if c.pool not in ("cls", "mean"):
         raise UserError(f"pool is cls or mean, not {c.pool!r}")
-    if c.patches_through_h and c.pool == "cls":
-        raise UserError("patches_through_h needs pool='mean': no other tower has the layer h_v")
-    return c
+    if c.pool == "cls" and (c.patches_through_h or not c.vision_layers):
+        raise UserError("patches_through_h, or vision_layers=0, needs pool='mean': no other tower "
+                        "has the layer h_v, and without blocks a [CLS] token sees no patch")
+    return CLIP(**c._asdict())
 
 
 def build(name, **overrides):
-    """A model by name. overrides: fields of Config to replace. UserError: as settle, or unknown."""
+    """A model by name. overrides: fields of Config to replace. UserError: unknown, or no fit."""
     if name not in CONFIGS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(CONFIGS)}")
     unknown = [field for field in overrides if field not in Config._fields]
     if unknown:
         raise UserError(f"no setting {', '.join(unknown)}: choose from {', '.join(Config._fields)}")
-    return CLIP(**settle(name, Config(**CONFIGS[name]), overrides)._asdict())
+    return variant(CONFIGS[name], overrides)
 
 
 # ------------------------------------------------------------ trained weights, changed or passed on
@@ -551,9 +541,9 @@ def resize_positions(x, grid):
 
 
 def adapt(model, **overrides):
-    """A trained model with other settings -> a new one, with its weights. overrides: as of build.
-    For another image_size positions are interpolated; what regions or embedder add starts fresh."""
-    new = CLIP(**settle("this model", Config(**model.config), overrides)._asdict())
+    """A trained model -> one with its weights and other settings; for another image_size positions
+    are interpolated. overrides, UserError: as of build."""
+    new = variant(model.config, overrides)
     state = model.state_dict()
     [name] = {"visual.positional_embedding", "visual.attnpool.positional_embedding"} & set(state)
     state[name] = resize_positions(state[name], new.visual.grid)
@@ -567,13 +557,12 @@ def export(run, out):
     model = load_run(run)[0]
     state = {name: x for name, x in model.state_dict().items()  # without PyramidCLIP's regions
              if not name.startswith(("visual.phi", "visual.roi_norm"))}
-    read = {"stem": ()}
-    if not model.config["stem"]:
-        read |= openai_config(state) | dict(causal=True, leff=0, embedder=False)
-    wrong = [f"{name}={model.config[name]}" for name in read if model.config[name] != read[name]]
+    c = model.config
+    read = {} if c["stem"] else openai_config(state)
+    read |= dict(causal=True, leff=0, embedder=False, stem=())
+    wrong = ", ".join(f"{name}={c[name]}" for name in read if c[name] != read[name])
     if wrong:
-        raise UserError(f"{run} is not of CLIP's architecture ({', '.join(wrong)}), and OpenAI's "
-                        f"layout has no place for that: train with --model ViT-B/32 or RN50")
+        raise UserError(f"{run} is not of CLIP's architecture ({wrong}): train ViT-B/32 or RN50")
     write(out, lambda temporary: torch.save(state, temporary))
     print(f"written: {out}")
 
@@ -645,7 +634,7 @@ class Tokenizer:
         try:
             with opener(path, "rt", encoding="utf-8") as f:
                 merges = f.read().split("\n")[1:1 + 48894]  # after a note; CLIP ignores the rest
-            if len(merges) != 48894 or any(len(m.split()) != 2 for m in merges):
+            if [len(m.split()) for m in merges] != [2] * 48894:
                 raise ValueError("it has no 48,894 pairs of symbols")
         except (OSError, EOFError, ValueError) as e:
             raise UserError(f"{path} is not CLIP's merges file ({e}): take {MERGES} from the "
@@ -660,7 +649,7 @@ class Tokenizer:
             raise UserError(f"a vocabulary has bytes and marks, at least 514, not {vocab_size}")
         pattern = word_pattern(MARKED_WORDS)
         counts = Counter(word for text in texts for word in pattern.findall(clean(text)))
-        words = [(cls.split(w), n) for w, n in sorted(counts.items()) if w not in (BOS, EOT)]
+        words = [(cls.split(w), n) for w, n in counts.items() if w not in (BOS, EOT)]
         frequency, where, changed = Counter(), defaultdict(set), set()  # where: numbers of words
 
         def tally(k, symbols, n):
@@ -729,8 +718,7 @@ class Tokenizer:
 
 # ------------------------------------------------------------------------------- OpenAI's weights
 class _TensorsOnly(pickle.Unpickler):
-    """Reads a TorchScript archive and runs no code: each class in it becomes a Bag, the tensors of
-    a module and of the modules in it by their names."""
+    """Reads a TorchScript archive and runs no code: classes become Bags of tensors by name."""
     class Bag(dict):
         def __setstate__(self, state):
             for name, x in state.items():
@@ -760,10 +748,7 @@ def openai_config(state):
     """The settings of the OpenAI model with this state dict, read off the shapes."""
     def blocks(prefix):
         return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
-    vocab_size, width = state["token_embedding.weight"].shape
-    length, D = len(state["positional_embedding"]), state["text_projection"].shape[1]
-    c = TEXT | dict(embed_dim=D, vocab_size=vocab_size, context_length=length, text_width=width,
-                    text_layers=blocks("transformer.resblocks."), text_heads=max(1, width // 64))
+    vocab_size, text_width = state["token_embedding.weight"].shape
     if "visual.layer1.0.conv1.weight" in state:
         width, patch = len(state["visual.layer1.0.conv1.weight"]), 32
         layers, heads = tuple(blocks(f"visual.layer{n}.") for n in (1, 2, 3, 4)), width // 2
@@ -772,13 +757,17 @@ def openai_config(state):
         width, _, _, patch = state["visual.conv1.weight"].shape
         layers, heads = blocks("visual.transformer.resblocks."), max(1, width // 64)
         positions = state["visual.positional_embedding"]
-    return c | dict(image_size=patch * round((len(positions) - 1) ** 0.5), patch_size=patch,
-                    vision_width=width, vision_layers=layers, vision_heads=heads)
+    return TEXT | dict(
+        image_size=patch * math.isqrt(len(positions)), patch_size=patch, vision_width=width,
+        vision_layers=layers, vision_heads=heads, embed_dim=state["text_projection"].shape[1],
+        vocab_size=vocab_size, context_length=len(state["positional_embedding"]),
+        text_width=text_width, text_layers=blocks("transformer.resblocks."),
+        text_heads=max(1, text_width // 64))
 
 
 def read_weights(path):
-    """A state dict, a checkpoint of train.py or a TorchScript archive -> its dict, by no code of
-    the file. Raises nearly anything on other files."""
+    """A checkpoint, state dict or TorchScript archive -> its dict, by no code of the file. Raises
+    nearly anything on other files."""
     if zipfile.is_zipfile(path) and any("/code/" in n for n in zipfile.ZipFile(path).namelist()):
         return _TensorsOnly(path).load()
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -799,8 +788,7 @@ def load_openai(path):
         return openai_model(read_weights(path))
     except Exception as e:                      # readers raise nearly anything on other files
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:150]
-        raise UserError(f"can't read {path} as OpenAI CLIP's weights ({reason}): give the released "
-                        f"archive or a state dict (visual.conv1.weight, ...)") from None
+        raise UserError(f"can't read {path} ({reason}): give OpenAI CLIP's weights") from None
 
 
 def main():
