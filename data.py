@@ -1,7 +1,7 @@
 """Data: the built-in scenes, files of pictures with captions, crops and batches.
 
-    python data.py                        # print five scenes and draw them into samples.png
-    python data.py --data photos/train.csv --n 8
+    python data.py                        # five scenes, their masks, boxes and texts: samples.png
+    python data.py --data photos/train.csv --n 8 --out photos.png
     python data.py check photos/train.csv # read everything once and list what can't be used
     python data.py clean photos/train.csv photos/clean.csv # take out what FILIP's rules forbid
 
@@ -10,8 +10,8 @@ PyramidCLIP 3.1 to 3.3 (summary, global and local view, object phrases, regions)
 
 Differs from the papers: they train on 15 million pairs (PyramidCLIP's ablations) to 6.1 billion
 (SPARC's three sets), `Scenes` draws its own. Rules stand in for FILIP's translator, PyramidCLIP's
-T5 and its detector, whose features are a random projection here; files may bring their own (see
-Pairs). Files get random crops and flips; FILIP's AutoAugment taught less in the same time.
+T5 and its detector; files may bring their own (see Pairs). Files get random crops and flips;
+FILIP's AutoAugment taught less in the same time.
 """
 import argparse, contextlib, csv, functools, gc, glob, hashlib, io, itertools, json, math, os
 import random, tarfile
@@ -43,6 +43,7 @@ ROI_PROJECTION = (np.random.RandomState(0).standard_normal((192, 2048)) / 192 **
 Word = namedtuple("Word", "text thing kind", defaults=(-1, ""))  # thing: index or -1
 
 
+@functools.lru_cache(None)
 def outline(shape, d):
     """Mask of a shape of diameter d: "L" picture (d, d), drawn four times as large and reduced."""
     s = 4 * d
@@ -68,14 +69,13 @@ def outline(shape, d):
 
 
 @functools.lru_cache(None)
-def sprite(shape, fill, d, period):
-    """(mask of the whole shape, mask of its stripes or dots): "L" pictures (d, d)."""
-    mask = outline(shape, d)
+def pattern(shape, fill, d, period):
+    """Mask of the stripes or dots on a shape: "L" picture (d, d)."""
     y, x = np.mgrid[:d, :d]
     on = (x % period < period // 2) & (y % period < period // 2)
     if fill == "striped":
         on = (x + y) % period < period // 2
-    return mask, Image.fromarray((np.asarray(mask) * on).astype(np.uint8))
+    return Image.fromarray(np.asarray(outline(shape, d)) * on)
 
 
 @functools.lru_cache(None)
@@ -110,11 +110,10 @@ def join(words):
 
 
 class Scenes:
-    """n small pictures of coloured shapes, drawn on demand, the same on every machine. In a scene
-    all colours and all shapes differ, so each word names one object. Outside "train" no two scenes
-    hold the same set of objects, unless unique=False. size: side in pixels, a multiple of 7.
+    """n small pictures of coloured shapes, the same on every machine. In a scene all colours and
+    all shapes differ, so each word names one object. size: side in pixels, a multiple of 7.
     split: "train", "val", "test" never share a scene; each of "composition" shows one of HELD_OUT.
-    objects: least and most; few are more frequent.
+    unique: outside "train" no two scenes hold the same objects. objects: least and most.
     mismatch: how often words are about nothing (PyramidCLIP 1: caption redundancy), an object has
         no words (image redundancy, cast deficiency), the detector leaves one out (our own).
     paraphrase: share of pair(i, r)'s captions in other words, for FILIP's back-translation.
@@ -154,7 +153,12 @@ class Scenes:
         own = random.Random(f"{self.split}/{self.seed}/{i}/{attempt}/own")
         least, most = self.objects
         n = least + int(r.random() ** 2 * (most - least + 1))
-        colours, shapes = self.draw_names(n, r, own)
+        colours, shapes = shuffled(COLOURS, r)[:n], shuffled(SHAPES, own)[:n]
+        held_out = self.split == "composition"  # only there is a pair of HELD_OUT, and always one
+        while HELD_OUT.isdisjoint(zip(colours, shapes)) == held_out:
+            if held_out:
+                colours = shuffled(COLOURS, own)[:n]
+            shapes = shuffled(SHAPES, own)[:n]
         sizes, boxes = self.draw_places(n, r)
         fills = [pick(FILLS, r) for _ in range(n)]
         spec = {"things": list(map(Thing, sizes, fills, colours, shapes, boxes)),
@@ -169,17 +173,6 @@ class Scenes:
         if r.random() < self.mismatch and n > 1:  # an object the detector does not see
             spec["found"] = n - 1
         return spec
-
-    def draw_names(self, n, r, own):
-        """n colours and n shapes. Only "composition" has a pair of HELD_OUT, and always one."""
-        colours = shuffled(COLOURS, r)[:n]
-        while True:
-            shapes = shuffled(SHAPES, own)[:n]
-            held = HELD_OUT.intersection(zip(colours, shapes))
-            if bool(held) == (self.split == "composition"):
-                return colours, shapes
-            if self.split == "composition":
-                colours = shuffled(COLOURS, own)[:n]
 
     def draw_places(self, n, r):
         """n sizes, the largest first, and boxes without overlap; new sizes after 8 failures."""
@@ -205,10 +198,11 @@ class Scenes:
         im = texture(spec["background"], size).crop((x, y, x + size, y + size))
         for t in spec["things"]:
             colour = [min(255, max(0, c + int(25 * r.random()) - 12)) for c in COLOURS[t.colour]]
-            mask, pattern = sprite(t.shape, t.fill, t.box[2] - t.box[0], max(4, size // 11))
-            im.paste(tuple(colour), t.box, mask)
+            side = t.box[2] - t.box[0]
+            im.paste(tuple(colour), t.box, outline(t.shape, side))
             if t.fill:  # stripes and dots are darker, so the outline stays visible
-                im.paste(tuple(c // 2 for c in colour), t.box, pattern)
+                dark = tuple(c // 2 for c in colour)
+                im.paste(dark, t.box, pattern(t.shape, t.fill, side, max(4, size // 11)))
         return im
 
     def masks(self, spec):
@@ -216,7 +210,7 @@ class Scenes:
         out = np.zeros((len(spec["things"]), self.size, self.size), dtype=bool)
         for m, t in zip(out, spec["things"]):
             x1, y1, x2, y2 = t.box
-            m[y1:y2, x1:x2] = np.asarray(sprite(t.shape, "", x2 - x1, 4)[0]) > 127
+            m[y1:y2, x1:x2] = np.asarray(outline(t.shape, x2 - x1)) > 127
         return out
 
     @staticmethod
@@ -293,8 +287,8 @@ class Scenes:
                 "objects": ", ".join(" ".join(w for w in t[:4] if w) for t in found),
                 "regions": np.concatenate([x @ ROI_PROJECTION, boxes], axis=1)}
 
-    def local_view(self, i, image, caption, r, size, area):
-        """PyramidCLIP's local view: a square of at least this area, drawn by r, and the caption of
+    def local_view(self, i, image, caption, r, area):
+        """The window of PyramidCLIP's local view, of at least this area, drawn by r; the caption of
         what is left: of objects at least half inside, told as in the caption that was drawn."""
         spec, left = self.spec(i), []
         while not left:
@@ -306,8 +300,7 @@ class Scenes:
                              shape=t.shape if t.shape in said else "thing")
                   for t in spec["things"]]
         style = max(s for s in (0, 1, 2) if caption.startswith(OPENINGS[s]))
-        crop = image.resize((size, size), Image.Resampling.BICUBIC, box=window)
-        return crop, join(self.words(spec | {"things": things, "order": left}, style))
+        return window, join(self.words(spec | {"things": things, "order": left}, style))
 
     def __getitem__(self, i):
         if not 0 <= i < self.n:
@@ -330,11 +323,11 @@ def filip_prompts(label, prefixes, descriptions=("",), suffixes=("",)):
 # ---------------------------------------------------------------------------------- real pictures
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PICTURE = regex.compile("|".join(map(regex.escape, PICTURES)), regex.IGNORECASE)
-COLUMNS = {"picture": ("image", "filepath", "file_name", "image_path", "path"),
-           "caption": ("caption", "title", "text")}  # the names that each may have
+PICTURE_NAMES = ("image", "filepath", "file_name", "image_path", "path")  # of columns
+CAPTION_NAMES = ("caption", "title", "text")
 BROKEN = regex.compile(r"[\0\ud800-\udfff]")  # half surrogates stand for bytes that aren't UTF-8
 DAMAGE = (AttributeError, KeyError, RecursionError, TypeError, ValueError)  # of JSON's contents
-SIDE = regex.compile(r"\b(left|right)\b", regex.IGNORECASE)
+SIDES = regex.compile(r"\b(left|right)\b", regex.IGNORECASE)
 CLAUSE = regex.compile(
     r"(?:\S+\s+){0,2}\S*?(?:(?!\s*[,.;:]|\s+(?:and|with|while|who|which|that|as|near|next)\b).)*",
     regex.IGNORECASE | regex.DOTALL)
@@ -358,11 +351,15 @@ class BadRow(UserError):
         return f"{self.where}: {self.reason}"
 
 
+def find_columns(names):
+    """What a Row's cells are called, from image on; None if no name of these is among the names."""
+    image = next((name for name in PICTURE_NAMES if name in names), None)
+    caption = next((name for name in CAPTION_NAMES if name in names), None)
+    return image, caption, "image_id", "summary", "objects", "paraphrases"
+
+
 def as_row(where, cells):
-    """The Row of a dict of cells, whichever of COLUMNS' names it uses."""
-    image, captions = (next(filter(cells.__contains__, names), None) for names in COLUMNS.values())
-    columns = image, captions, "image_id", "summary", "objects", "paraphrases"
-    return Row(where, *map(cells.get, columns))
+    return Row(where, *map(cells.get, find_columns(cells)))
 
 
 def read_table(path):
@@ -371,11 +368,11 @@ def read_table(path):
         lines = f.readlines() or [""]
     delimiter, n = max(",;\t", key=lines[0].count), 1
     names = [name.strip(' "\r\n').lower() for name in lines[0].split(delimiter)]
-    lacks = [f"no column of the {kind} ({', '.join(wanted)})"
-             for kind, wanted in COLUMNS.items() if set(wanted).isdisjoint(names)]
-    if lacks:
-        raise UserError(f"{path} line 1 has {' and '.join(lacks)}, or is not in UTF-8; found: "
-                        f"{shown(', '.join(names))}")
+    columns = find_columns(names)
+    if None in columns:
+        raise UserError(f"{path} line 1 has no column of the picture ({', '.join(PICTURE_NAMES)}) "
+                        f"or no column of the caption ({', '.join(CAPTION_NAMES)}), or is not in "
+                        f"UTF-8; found: {shown(', '.join(names))}")
     while n < len(lines):
         where, size = f"{path} line {n + 1}", 1
         try:
@@ -389,7 +386,7 @@ def read_table(path):
                 raise csv.Error(f"{len(cells)} cells in {len(names)} columns: put quotes around a "
                                 "caption that has commas")
             if lines[n].strip():
-                yield as_row(where, dict(zip(names, cells)))
+                yield Row(where, *map(dict(zip(names, cells)).get, columns))
         except csv.Error as e:
             why = str(e).replace("unexpected end of data", "a quote is opened and not closed")
             yield BadRow(where, lines[n][:80].strip(), f"a broken row ({why})")
@@ -415,40 +412,30 @@ def read_jsonl(path):
         yield from read_records(f"{path} line", f, make)
 
 
-def load_json(path, *names):
-    """The lists of these names in a JSON file. UserError if they are not there."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:
-            whole = json.load(f)
-        return [list(whole[name]) for name in names]
-    except DAMAGE as e:
-        raise UserError(f"{path} is neither COCO's captions nor Karpathy's JSON with a split, as "
-                        f"in flickr8k.json:train ({type(e).__name__}: {shown(e)})") from None
-
-
-def read_coco(path):
-    """Rows of COCO's captions, such as captions_val2017.json."""
+def read_json(path, split):
+    """Rows of COCO's captions, such as captions_val2017.json, or of a split of Karpathy's JSON."""
     captions = defaultdict(list)
 
     def note(where, annotation):
         captions[str(annotation["image_id"])].append(annotation["caption"])
 
     def make(where, image):
-        return Row(where, image["file_name"], captions.pop(str(image["id"]), []))
-    images, annotations = load_json(path, "images", "annotations")
+        if not split:
+            return Row(where, image["file_name"], captions.pop(str(image["id"]), []))
+        if image["split"] == split:
+            name = os.path.join(image.get("filepath", ""), image["filename"])
+            return Row(where, name, [sentence["raw"] for sentence in image["sentences"]])
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:
+            whole = json.load(f)
+        images, annotations = list(whole["images"]), [] if split else list(whole["annotations"])
+    except DAMAGE as e:
+        raise UserError(f"{path} is neither COCO's captions nor Karpathy's JSON with a split, as "
+                        f"in flickr8k.json:train ({type(e).__name__}: {shown(e)})") from None
     yield from read_records(f"{path} annotation", annotations, note)
     yield from read_records(f"{path} image", images, make)
     for key in captions:
         yield BadRow(path, key, f"captions of an image_id that no image has ({key})")
-
-
-def read_karpathy(path, split):
-    """Rows of one split of Karpathy's JSON."""
-    def make(where, image):
-        if image["split"] == split:
-            name = os.path.join(image.get("filepath", ""), image["filename"])
-            return Row(where, name, [sentence["raw"] for sentence in image["sentences"]])
-    return read_records(f"{path} image", *load_json(path, "images"), make)
 
 
 def read_bytes(path, offset=0, size=-1):
@@ -493,9 +480,8 @@ def expand(pattern):
 
 
 def read_shard(path, name):
-    """Rows of a tar file as webdataset and img2dataset write it: .jpg, .png ... with a .txt, or a
-    .json that has a caption; name: what a picture's name begins with. Pictures are read at random
-    from the file itself, so it lies on a disk, and is not packed."""
+    """Rows of a tar file, not packed, as webdataset and img2dataset write it: .jpg, .png ... with a
+    .txt, or a .json that has a caption; name: what a picture's name begins with."""
     samples = defaultdict(dict)  # stem -> {extension: (path, offset, size)}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -503,7 +489,6 @@ def read_shard(path, name):
                 stem, extension = os.path.splitext(member.name)
                 if member.isfile() and member.offset_data + member.size <= os.path.getsize(path):
                     samples[stem][extension.lower()] = path, member.offset_data, member.size
-                tar.members = []  # it keeps them all otherwise
             if read_bytes(path, tar.offset, 512) != bytes(512):
                 raise tarfile.ReadError("its end is missing or damaged")
     except (OSError, tarfile.TarError, ValueError, OverflowError) as e:
@@ -533,9 +518,9 @@ class Pairs:
     """Pictures with their captions, from the rows of a reader. Rows of the same picture, or of the
     same image_id, are its several captions. Paths are relative to a folder, that of the file.
     A row may have paraphrases, a list or texts between " | ", a summary (of the row's caption) and
-    objects ("brown dog, green grass"; a picture's first row counts), the latter for PyramidCLIP.
-    regions is an .npz file with an array (M, 2052) for each picture, named as in the file: the
-    detector's 2,048 features of a region and its box x1, y1, x2, y2 in 0..1, the surest first.
+    objects ("brown dog, green grass"; a picture's first row counts).
+    regions: an .npz file of arrays (M, 2052), named as the pictures: a detector's 2,048 features of
+    a region and its box x1, y1, x2, y2 in 0..1, the surest first.
     rows: the first Row of each picture. captions: [str] for each picture, what evaluation knows.
     told: captions and paraphrases, of which training draws each as often (FILIP 3.2).
     bad: [BadRow], what had to be left out. classes: names of class folders, or None."""
@@ -622,8 +607,7 @@ class Pairs:
 
     def label(self, i):
         """The number of picture i's class in .classes, or None."""
-        if self.classes:
-            return self.classes.index(self.rows[i].label)
+        return self.classes and self.classes.index(self.rows[i].label)
 
     def check_regions(self):
         """Raises UserError unless the file of regions has each picture."""
@@ -666,6 +650,10 @@ class Pairs:
         """(picture, one of its texts drawn by r, a random.Random; without r its first caption)"""
         return self.open(i, size), pick(self.told[i], r) if r else self.captions[i][0]
 
+    def local_view(self, i, image, caption, r, area):
+        """The window of PyramidCLIP's local view, and its caption: that of the whole picture."""
+        return random_window(image, area, r), caption
+
     def draw_texts(self, i, k, r):
         """k texts of picture i, all different ones if it has so many."""
         return shuffled(self.told[i] * math.ceil(k / len(self.told[i])), r)[:k]
@@ -697,8 +685,7 @@ def open_dataset(path, regions=None, images=None):
     .json:split, .jsonl, or else a table. images: the folder of the pictures, if not the file's.
     UserError says what is wrong with the whole, .bad what is wrong with rows. regions: see Pairs"""
     path = str(path)
-    is_split, split = path.rpartition(".json:")[1:]
-    file = path.removesuffix(f":{split}")
+    file, split = path.rsplit(":", 1) if ".json:" in path else (path, "")
     kind, folder = os.path.splitext(file)[1].lower(), os.path.dirname(file)
     if os.path.isdir(path):
         rows, folder = read_folder(path), path
@@ -707,10 +694,10 @@ def open_dataset(path, regions=None, images=None):
     elif not os.path.isfile(file):
         raise UserError(f"--data {path}: there is no such file; give a table with a first line "
                         "image,caption, .jsonl, .json, a folder, .tar files, or `scenes`")
-    elif is_split:
-        rows = read_karpathy(file, split)
+    elif kind == ".json":
+        rows = read_json(file, split)
     else:
-        rows = {".json": read_coco, ".jsonl": read_jsonl}.get(kind, read_table)(path)
+        rows = read_jsonl(path) if kind == ".jsonl" else read_table(path)
     gc.disable()  # a million rows make no garbage, but it would be looked for all the time
     try:
         return Pairs(path, rows, images or folder, regions)
@@ -787,9 +774,9 @@ def random_window(im, area, r):
     return x, y, x + side, y + side
 
 
-def random_crop(im, size, area, r):
-    """A random window of a picture, resized to (size, size)."""
-    return im.resize((size, size), Image.Resampling.BICUBIC, box=random_window(im, area, r))
+def cut(im, size, window):
+    """A window of a picture, resized to (size, size)."""
+    return im.resize((size, size), Image.Resampling.BICUBIC, box=window)
 
 
 def center_crop(im, size):
@@ -799,8 +786,7 @@ def center_crop(im, size):
 
 def to_tensor(images):
     """List of RGB pictures of one size -> (b, 3, H, W) uint8."""
-    pixels = torch.from_numpy(np.stack(images))  # (b, H, W, 3)
-    return pixels.permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def normalize(images):
@@ -813,7 +799,7 @@ def mirrored(sample):
     """A sample's texts and regions, made true of the mirror image: "left" and "right" change places
     where they are whole words, and x1, x2 of boxes are 1 - x2, 1 - x1."""
     def swap(text):
-        return SIDE.sub(lambda side: "right" if side[0].lower() == "left" else "left", text)
+        return SIDES.sub(lambda side: "right" if side[0].lower() == "left" else "left", text)
     out = sample | {"caption": [swap(text) for text in sample["caption"]]}
     for name in {"summary", "objects"}.intersection(out):
         out[name] = swap(out[name])
@@ -896,15 +882,13 @@ class Batches(torch.utils.data.Dataset):
         if self.min_area is None:
             image = center_crop(whole, self.size)
         else:
-            image = random_crop(whole, self.size, self.min_area, r)
+            image = cut(whole, self.size, random_window(whole, self.min_area, r))
         out = {"images": image, "caption": texts}
         if self.with_views:
             out |= self.data.views(i, whole, texts[0])
-        if self.local_area and isinstance(self.data, Scenes):
-            out["images_l"], out["caption"] = self.data.local_view(
-                i, whole, caption, r, self.size, self.local_area)
-        elif self.local_area:
-            out["images_l"] = random_crop(whole, self.size, self.local_area, r)
+        if self.local_area:
+            window, texts[0] = self.data.local_view(i, whole, texts[0], r, self.local_area)
+            out["images_l"] = cut(whole, self.size, window)
         return mirrored(out) if flipped else out
 
 
@@ -919,10 +903,9 @@ def collate(samples, tok, context_length):
         if name in ("images", "images_l"):
             batch[name] = to_tensor(column)
         elif name == "regions":
-            counts = torch.tensor([len(x) for x in column])
-            column = [torch.from_numpy(x) for x in column]
-            batch[name] = torch.nn.utils.rnn.pad_sequence(column, batch_first=True)
-            batch["regions_mask"] = torch.arange(batch[name].shape[1]) < counts[:, None]
+            pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+            batch[name] = pad([torch.from_numpy(x) for x in column])
+            batch["regions_mask"] = pad([torch.ones(len(x), dtype=torch.bool) for x in column])
         else:
             if isinstance(column[0], list):
                 column = [text for texts in column for text in texts]
@@ -935,7 +918,7 @@ def collate(samples, tok, context_length):
 
 # ------------------------------------------------------------------------------------- the commands
 def main():
-    ap = argparse.ArgumentParser(description="Print and draw samples of a dataset.")
+    ap = argparse.ArgumentParser(description="Draw samples of a dataset with all that they hold.")
     ap.add_argument("command", nargs="*", metavar="check PATH | clean IN OUT",
                     help="read all of it and count; or take out what FILIP's rules forbid")
     ap.add_argument("--data", default="scenes", help="scenes, a table, .jsonl, .json, folder, .tar")
@@ -944,27 +927,26 @@ def main():
     ap.add_argument("--out", help="where the pictures go (samples.png) or the list (bad_rows.csv)")
     ap.add_argument("--min-side", type=int, default=200, help="clean: of the shorter side, pixels")
     args = ap.parse_args()
+    if args.n < 1:
+        ap.error("--n: draw one sample or more")
     if args.command:
-        import eval as evaluation  # it reads with this file's functions, so it comes late
+        import eval as evaluation  # built on this file, as visualize is, so both come late
         name, *paths = args.command
         if (name, len(paths)) == ("check", 1):
             return evaluation.check(*paths, args.images, args.out or "bad_rows.csv")
         if (name, len(paths)) == ("clean", 2):
             return evaluation.clean_table(*paths, args.images, args.min_side)
         ap.error("the commands are: check PATH, clean IN OUT")
-    data = Scenes(args.n) if args.data == "scenes" else open_dataset(args.data, images=args.images)
-    n, out = min(args.n, len(data)), args.out or "samples.png"
-    sheet = Image.new("RGB", (228 * n, 224), "white")
-    for i in range(n):
-        image, caption = data.pair(i)
-        print(caption)
-        sheet.paste(center_crop(image, 224), (228 * i, 0))
-    write(out, lambda path: sheet.save(path, format="PNG"))
-    print(f"drawn into {out}")
+    import visualize
+    data = Scenes(args.n, size=280, split="val")
+    if args.data != "scenes":
+        data = open_dataset(args.data, images=args.images)
+    print("drawn into", visualize.draw_samples(data, args.n, args.out or "samples.png"))
 
 
 if __name__ == "__main__":
+    import data  # as visualize.py knows it, so that Scenes is one
     try:
-        main()
+        data.main()
     except UserError as e:
         raise SystemExit(f"data.py: {e}")

@@ -3,19 +3,25 @@
     python visualize.py runs/sparc                          # -> runs/sparc/align.png, align.html
     python visualize.py runs/sparc runs/filip runs/clip     # the same words, run below run
     python visualize.py runs/sparc --image dog.jpg --text "a dog eats ice cream" --words "ice cream"
+    python visualize.py cam runs/sparc runs/clip            # Grad-CAM; also with --image, --text
+    python visualize.py segmentation runs/sparc runs/clip   # the truth, what each run finds
+    python visualize.py retrieval runs/sparc --n 100        # the best of 100 pictures, 100 texts
+    python visualize.py map runs/sparc runs/clip            # pictures and colours by t-SNE
     python visualize.py curves runs/sparc runs/clip         # log.csv -> runs/sparc/curves.png
 
-Covers: FILIP 4.5, Figure 2 (each patch carries the index of its best token, m_k of eq. 4), if a run
-is FILIP's; for runs with SPARC's loss, the weights of its eqs. 2 to 4. Differs: the papers show no
-single words. Here a word, the mean of its tokens, is bright where it looks, on one scale for all.
+Covers: FILIP 4.5 (Figure 2: a patch carries the index of its best token, m_k of eq. 4), A.3;
+PyramidCLIP 4.7 (Figures 4, 5); SPARC's Figures 3, 8 and its weights of eqs. 2 to 4. Differs: the
+papers show no single words. Here a word, the mean of its tokens, is bright where it looks, on one
+scale for all. Figure 4 is of scenes.
 """
-import argparse, base64, collections, csv, io, itertools, json, math, os, pathlib, re, sys, types
+import argparse, base64, collections, csv, functools, io, json, math, os, pathlib, re, sys, types
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 import eval as evaluation
-from data import Scenes, center_crop, open_dataset, open_image
-from losses import OBJECTIVES
+from data import COLOURS as INKS, Scenes, Thing, center_crop, join, normalize, open_dataset
+from data import open_image, sprite, to_tensor
+from losses import OBJECTIVES, unit
 from model import DEVICES, UserError, clean, pick_device, write
 
 SIDE, MARGIN, TEXT = 280, 10, 22  # pixels: of a panel, between panels; size of letters
@@ -27,8 +33,8 @@ GREY, RED, BLUE, ORANGE = "#696969", "#c80000", "#0072b2", "#d55e00"
 COLOURS = [BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00"] * 9
 Run = collections.namedtuple("Run", "name model tok args")
 # wanted: words to show (None: all but small ones); things: a word's object; masks (N,H,W) of these
-Sample = collections.namedtuple("Sample", "image text wanted things masks",
-                                defaults=(None, {}, torch.zeros(0, 1, 1)))
+Sample = collections.namedtuple("Sample", "image text wanted things masks scene",
+                                defaults=(None, {}, torch.zeros(0, 1, 1), None))
 
 
 def open_runs(folders, device="cpu"):
@@ -36,13 +42,15 @@ def open_runs(folders, device="cpu"):
     return [Run(name, *evaluation.load_run(folder, device)) for name, folder in zip(names, folders)]
 
 
-def draw_scenes(n, seed, size):
-    """n test scenes of two objects -> [Sample]."""
-    samples = []
-    for scene in Scenes(n, seed, size, "test", objects=(2, 2)):
+def draw_scenes(n, seed, size, kind="align"):
+    """n test scenes of two objects, for a map of one -> [Sample]. cam shows phrases, not words."""
+    samples, objects = [], 1 if kind == "map" else 2
+    for scene in Scenes(n, seed, size, "test", (objects, objects)):
         things = {w.text: w.thing for w in scene["words"] if w.kind in ("colour", "shape")}
+        if kind == "cam":
+            things = {join(Scenes.phrase(t, 0)): k for k, t in enumerate(scene["things"])}
         masks = torch.from_numpy(scene["masks"])
-        samples.append(Sample(scene["image"], scene["caption"], list(things), things, masks))
+        samples.append(Sample(scene["image"], scene["caption"], things, things, masks, scene))
     return samples
 
 
@@ -50,7 +58,7 @@ def read_photos(data, images, n):
     """The first n pictures of data that can be read -> [Sample]. Raises UserError if none can."""
     pairs = open_dataset(data, images=images)
     samples = [Sample(image, pairs.captions[i][0])
-               for i, image in itertools.islice(pairs.good(2 * SIDE), n)]
+               for _, (i, image) in zip(range(n), pairs.good(2 * SIDE))]
     if not samples:
         raise UserError(f"{data} has no picture that can be read ({pairs.bad[-1]})")
     return samples
@@ -86,7 +94,6 @@ def brightness(word, aligned):
     return (word - word.mean()).clamp(min=0) / most.clamp(min=1e-6)
 
 
-# -------------------------------------------------------------------------------------- words
 def find_words(tok, text, wanted=None, small=SMALL_WORDS):
     """-> [(word, positions of its tokens)]: the wanted words or phrases wherever they stand, or all
     words that are not small. Raises UserError if one that is wanted is not there."""
@@ -108,11 +115,10 @@ def find_words(tok, text, wanted=None, small=SMALL_WORDS):
 def seen_words(run, sample, length):
     """The words to show among `length` tokens -> [(word, positions)]; prints those it loses."""
     words = find_words(run.tok, sample.text, sample.wanted)
-    lost = dict.fromkeys(word for word, at in words if at[-1] >= length - 1)
+    lost = ", ".join(dict.fromkeys(word for word, at in words if at[-1] >= length - 1))
     if lost:
-        print(f"note: the text is cut to {length} tokens, wholly or in part cut off: "
-              f"{', '.join(lost)}", file=sys.stderr)
-    return [(word, [p for p in at if p < length - 1]) for word, at in words if at[0] < length - 1]
+        print(f"note: cut to {length} tokens, wholly or in part cut off: {lost}", file=sys.stderr)
+    return [(word, at) for word, at in words if at[-1] < length - 1]
 
 
 # ------------------------------------------------------------------------------------- panels
@@ -128,18 +134,18 @@ def flow(items, width, gap=MARGIN):
     return out.crop((0, 0, width, y + tall))
 
 
-def letters(text, colour="black", most=4 * (SIDE + MARGIN)):
+def letters(text, colour="black", most=4 * SIDE):
     """A line of text as a picture, in smaller letters if it would be wider than `most`."""
-    length = max(1, ImageFont.load_default(TEXT).getlength(text))
+    length = ImageFont.load_default(TEXT).getlength(text)
     font = ImageFont.load_default(TEXT * min(1, most / length))
     out = Image.new("RGB", (math.ceil(min(length, most)), int(1.3 * TEXT)), "white")
     ImageDraw.Draw(out).text((0, TEXT), text, colour, font=font, anchor="ls")
     return out
 
 
-def lines(text):
+def lines(text, colour="black"):
     """Words as pictures, so that flow can break lines."""
-    return [letters(word) for word in text.split()]
+    return [letters(word, colour) for word in text.split()]
 
 
 def titled(title, picture):
@@ -148,11 +154,17 @@ def titled(title, picture):
 
 def sheet(blocks, path, columns=COLUMNS):
     """Write blocks, each the pictures that flow lays out, one below the other: a PNG -> its path"""
-    width = columns * (SIDE + MARGIN) - MARGIN
+    width = min(COLUMNS, max(4, columns)) * (SIDE + MARGIN) - MARGIN
     out = flow([flow(block, width) for block in blocks if block], width, 2 * MARGIN)
     out = ImageOps.expand(out, 2 * MARGIN, "white")
     write(path, lambda temporary: out.save(temporary, format="PNG"))
     return path
+
+
+def enlarge(image):
+    """The central square as a panel; where pixels are few, they have hard edges."""
+    few = max(image.size) < 100
+    return ImageOps.fit(image, (SIDE, SIDE), 0 if few else Image.Resampling.BICUBIC)
 
 
 def spotlight(picture, x, grid):
@@ -191,9 +203,36 @@ def grid_panel(picture, best, marked, grid):
     return out
 
 
-# ---------------------------------------------------------------------------- align.png
-def align_row(run, sample, numbered, title):
-    """One run, one sample -> text, panels, (hit, chance) of words with objects, what is shown."""
+# ------------------------------------------------------------------------ align.png, cam.png
+def grad_cam(run, image, text):
+    """The patches that raise the similarity of a picture and a text -> (P,), the largest is 1. ViT:
+    the last attention times its gradient, mean over heads, sum over queries (FILIP A.3). Towers of
+    convolutions: their last map, its channels weighted by mean gradients (PyramidCLIP Figure 5)."""
+    visual, kept = run.model.visual, []
+    convolutions = getattr(visual, "layer4", getattr(visual, "stem", None))
+
+    def keep(layer, inputs, output):
+        if convolutions:
+            return kept.append(output)  # (1, w, grid, grid)
+        qkv = inputs[0] @ layer.in_proj_weight.T + layer.in_proj_bias  # as model.Attention
+        q, k, v = qkv.unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        kept.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1))  # (1, heads, N, N)
+        return layer.out_proj((kept[0] @ v).transpose(1, 2).flatten(2))
+    hook = (convolutions or visual.transformer.resblocks[-1].attn).register_forward_hook(keep)
+    x = normalize(to_tensor([center_crop(image, run.model.config["image_size"])]))
+    features = run.model.encode_image(x.to(run.model.logit_scale.device))
+    hook.remove()
+    texts = evaluation.encode_texts(run.model, run.tok, [text])
+    similarity = OBJECTIVES[run.args.loss].score(*features, *texts)[0].sum()
+    grad, = torch.autograd.grad(similarity, kept)
+    heat = (grad * kept[0]).clamp(min=0).mean(1).sum(1)[:, -visual.grid ** 2:]
+    if convolutions:
+        heat = (grad.mean((2, 3), keepdim=True) * kept[0]).sum(1).clamp(min=0)
+    return (heat / heat.max().clamp(min=1e-12)).flatten().detach().cpu()
+
+
+def align_row(run, sample, numbered=False, cam=False):
+    """One run, one sample -> text, panels, (hit, chance) of words with objects, sentences."""
     image, grid = sample.image, run.model.visual.grid
     a = align(run, image, sample.text)
     words = seen_words(run, sample, len(a.tokens))
@@ -203,48 +242,53 @@ def align_row(run, sample, numbered, title):
     if image.width != image.height:
         share = min(image.size) / max(image.size)
         text.append(letters(f"(the middle {share:.0%} of the picture)", GREY))
-    few = max(image.size) < 100  # pixels have hard edges then
-    picture = ImageOps.fit(image, (SIDE, SIDE), 0 if few else Image.Resampling.BICUBIC)
-    panels, hits = [titled(title, picture)], []
+    picture, legend = enlarge(image), [f"{a.name} ({a.means})."]
+    panels, hits = [titled(run.name, picture)], []
     if numbered:
         panels.append(titled("best token of each patch", grid_panel(picture, a.best, marked, grid)))
+        legend.append("Numbers: each patch's best token, in red if it is of a word shown.")
+    if cam:
+        words = [(sample.text, [0]), *(x for x in words if x[0] != clean(sample.text))]
+        legend = ["Grad-CAM (bright: the patches that raise the similarity to the text the most)."]
     for word, at in words:
-        x, hit, mask = a.shown[at].mean(0), None, None
+        x, hit, mask, title = a.shown[at].mean(0), None, None, word
+        light = brightness(x, a)
+        if cam:
+            x = light = grad_cam(run, image, word)
+            title = {sample.text: "the whole text"}.get(word, word)
+        elif len(at) > 1:
+            title = f"{word} (mean of {len(at)} tokens)"
         if word in sample.things:
             thing, cover = sample.things[word], evaluation.patch_coverage(sample.masks, grid)
             found = evaluation.word_hits(x.argmax()[None], torch.tensor([thing]), cover)
             hits.append([number.item() for number in found])
             hit, mask = hits[-1][0], sample.masks[thing]
-        title = f"{word} (mean of {len(at)} tokens)" if len(at) > 1 else word
-        panel = word_panel(picture, brightness(x, a), int(x.argmax()), grid, hit, mask)
-        panels.append(titled(title, panel))
-    return text, panels, hits, f"{a.name} ({a.means})."
+        panels.append(titled(title, word_panel(picture, light, int(x.argmax()), grid, hit, mask)))
+    return text, panels, hits, legend
 
 
-def align_sheet(runs, samples, path):
-    """samples: for each run, the same pictures, of which the first are shown -> the PNG's path."""
-    numbered = any("filip" in run.args.loss for run in runs)
-    blocks, hits, legend, said = [], {run.name: [] for run in runs}, [], None
+def align_sheet(runs, samples, path, cam=False):
+    """samples: for each run, the same pictures, of which the first are shown; cam: by grad_cam."""
+    numbered = not cam and any("filip" in run.args.loss for run in runs)
+    blocks, hits, legends, said = [], {run.name: [] for run in runs}, [], None
     for shown in [*zip(*samples)][:SHEET]:
         for run, sample in zip(runs, shown):
-            title = run.name if len(runs) > 1 else ""
-            text, panels, found, name = align_row(run, sample, numbered, title)
-            tokens = (sample.text, run.tok.vocab_size)  # another vocabulary may split it otherwise
-            blocks += [[] if tokens == said else text, panels]
+            text, panels, found, legend = align_row(run, sample, numbered, cam)
+            blocks += [[] if text == said else text, panels]
             hits[run.name] += found
-            legend.append(name)
-            said = tokens
-    columns = max(4, *map(len, blocks[1::2]))
-    marks = "Dot: the word's best patch."
+            legends += legend
+            said = text
+    columns = max(map(len, blocks[1::2]))
+    marks = "Dot: the best patch."
     if any(hits.values()):
-        marks = "White line: the object that the word names. Tick: its best patch is on it."
-    blocks.append(lines(" ".join([*dict.fromkeys(legend), marks])))
+        marks = "White line: the object that is named. Tick: the best patch is on it."
+    blocks.append(lines(" ".join([*dict.fromkeys(legends), marks])))
     for name, found in hits.items():
         if found:
             good, chance = map(sum, zip(*found))
-            blocks.append(lines(f"{name}: {good} of {len(found)} words have their best patch on "
-                                f"their object; random patches: {chance:.1f}"))
-    return sheet(blocks, path, min(COLUMNS, columns))
+            blocks.append(lines(f"{name}: {good} of {len(found)} best patches are on their object; "
+                                f"random ones: {chance:.1f}"))
+    return sheet(blocks, path, columns)
 
 
 # ------------------------------------------------------------------------------- align.html
@@ -256,10 +300,9 @@ def page_view(run, sample):
              for word, at in find_words(run.tok, sample.text, small=())
              if at[-1] < len(a.tokens) - 1]
     cover = evaluation.patch_coverage(masks, grid) >= 0.25 if len(masks) else masks  # (N, P)
-    products = base64.b64encode(a.products.float().numpy().tobytes()).decode()
-    return {"grid": grid, "words": words, "products": products, "side": masks.shape[-1],
-            "outlines": [outline_path(mask) for mask in masks], "shown": a.name, "means": a.means,
-            "on": [row.nonzero().flatten().tolist() for row in cover]}
+    return {"grid": grid, "words": words, "side": masks.shape[-1], "on": cover.tolist(),
+            "rows": (a.products if "eqs" in a.name else a.shown).double().numpy().round(6).tolist(),
+            "outlines": [outline_path(mask) for mask in masks], "shown": a.name, "means": a.means}
 
 
 def outline_path(mask):
@@ -282,13 +325,10 @@ def align_page(runs, samples, path, curves=()):
     pictures = [center_crop(sample.image, min(448, *sample.image.size)) for sample in samples[0]]
     data = {"full": FULL, "dim": DIM, "runs": [], "pictures": [*map(data_url, pictures)]}
     for run, mine in zip(runs, samples):
-        sigma = evaluation.loss_options(run.args).get("sigma")
-        sigma = 1 / run.model.visual.grid ** 2 if sigma is None else sigma
-        views = [page_view(run, sample) for sample in mine]
-        data["runs"].append({"name": run.name, "sigma": sigma, "views": views})
+        data["runs"].append({"name": run.name, "views": [page_view(run, sample) for sample in mine],
+                             "sigma": evaluation.loss_options(run.args).get("sigma")})
     text = json.dumps(data).replace("<", "\\u003c")  # so no text can end the script
-    charts = [f'<img alt="what log.csv holds, over steps" src="{data_url(Image.open(chart))}">'
-              for chart in curves]
+    charts = [f'<img alt="log.csv, over steps" src="{data_url(Image.open(x))}">' for x in curves]
     html = PAGE.replace("@CURVES@", "".join(charts)).replace("@DATA@", text)
     write(path, lambda temporary: pathlib.Path(temporary).write_text(html, encoding="utf-8"))
     return path
@@ -298,26 +338,22 @@ PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Words and patches</title>
 <style>
-:root { color-scheme: light dark; --blue: #0072b2; font: 16px/1.5 system-ui, sans-serif }
-@media (prefers-color-scheme: dark) { :root { --blue: #56b4e9 } }
-body { margin: auto; padding: 0 12px; max-width: 1400px }
-form, label, figure div { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: center }
+:root { color-scheme: light dark; font: 16px/1.5 system-ui; --blue: light-dark(#0072b2, #56b4e9) }
+body { margin: auto; padding: 0 12px; max-width: 1400px; overflow-wrap: anywhere }
+form, label, figure div { display: flex; flex-wrap: wrap; gap: 6px; align-items: center }
 main { display: grid; gap: 0 2em; grid: auto / repeat(auto-fill, minmax(min(20em, 100%), 1fr)) }
-figure { margin: 0; min-width: 0 } figure p { min-height: 3em; margin: 0 0 1em }
-figure div { gap: 6px; margin: 8px 0 } svg { width: 100%; touch-action: manipulation }
-image[href^="data:image/png"] { image-rendering: pixelated }
+figure { margin: 0; min-width: 0 } figure p { min-height: 3em; margin: 8px 0 }
+svg { width: 100%; shape-rendering: crispEdges } img { max-width: 100% }
 path, .frame { fill: none; stroke: #fff; stroke-width: 3; vector-effect: non-scaling-stroke;
   pointer-events: none; filter: drop-shadow(0 0 .02px #000) }
-.frame { stroke-dasharray: 7 4 } button, select { font: inherit; min-height: 36px }
-button { padding: 2px 8px; border: 1px solid #8888; border-radius: 6px; overflow-wrap: anywhere;
-  background: color-mix(in srgb, var(--blue) calc(var(--light) * 60%), transparent) }
+.frame { stroke-dasharray: 7 4 } image[href^="data:image/png"] { image-rendering: pixelated }
+button, select { font: inherit; min-height: 36px; border: 1px solid #8888; border-radius: 6px }
+button { background: color-mix(in srgb, var(--blue) calc(var(--light) * 60%), transparent) }
 button[aria-pressed=true] { box-shadow: 0 0 0 3px var(--blue) }
-:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px } img { max-width: 100% }
 </style>
 <h1>Where does each word look?</h1>
-<p>Point at a word (tap it, or press Tab): its patches stay bright. Point at a patch (tap it, or
-use arrow keys): its words are coloured. A tick: the best patch is on the object, a cross: it is
-not.</p>
+<p>Point at a word (or tap it, or press Tab): its patches stay bright. Point at a patch (or use
+arrow keys): its words are coloured. Tick or cross: the best patch is on the object or not.</p>
 <form><label>Run <select id="run"></select></label><span id="means"></span>
 <label>sigma <input type="range" id="sigma" min="0" max="1" step="any">
 <output id="number" for="sigma"></output></label></form>
@@ -328,46 +364,41 @@ const find = name => document.querySelector(name), picked = [];
 const data = JSON.parse(find("#data").textContent), sum = s => s.reduce((a, b) => a + b, 0);
 for (const run of data.runs) find("#run").add(new Option(run.name));
 
-function weights(s, sigma, softmax) {  // losses.sparc_alignment of one word: s (P) products
+function weights(s, sigma) {  // losses.sparc_alignment of one word: s (P) products
   const low = Math.min(...s), high = Math.max(...s);
   let kept = s.map(x => (x - low) / (high - low)).map(x => x >= sigma ? x : 0);
-  if (softmax) kept = s.map(x => Math.exp(x - high));
-  else if (high - low <= 1e-6 * Math.max(1, Math.abs(high))) kept = s.map(() => 1);
+  if (high - low <= 1e-6 * Math.max(1, Math.abs(high))) kept = s.map(() => 1);
   const total = sum(kept);
   return kept.map(x => x / total);
 }
 function measure(view, sigma) {  // gives each word what it shows (P), its brightness (P)
-  const bytes = Uint8Array.from(atob(view.products), c => c.charCodeAt(0)), P = view.grid ** 2;
-  const all = new Float32Array(bytes.buffer), tokens = Array.from({length: all.length / P},
-    (_, l) => all.slice(l * P, l * P + P));
-  const similar = view.shown == "similarity", softmax = view.shown == "softmax weights";
-  const rows = similar ? tokens : tokens.map(s => weights(s, sigma, softmax));
-  const above = (s, mean = sum(s) / P) => s.map(x => Math.max(0, x - mean));
-  const most = Math.max(1e-6, ...rows.slice(1, -1).flatMap(s => [...above(s)]));
+  const similar = view.shown == "similarity", sparse = view.shown.includes("eqs");
+  const rows = sparse ? view.rows.map(s => weights(s, sigma)) : view.rows;
+  const P = view.grid ** 2, above = (s, mean = sum(s) / P) => s.map(x => Math.max(0, x - mean));
+  const most = Math.max(1e-6, ...rows.slice(1, -1).flatMap(s => above(s)));
   for (const word of view.words) {
     word.shown = rows[0].map((_, p) => sum(word.at.map(l => rows[l][p])) / word.at.length);
     word.best = word.shown.indexOf(Math.max(...word.shown));
-    word.hit = view.on[word.thing]?.includes(word.best);
+    word.hit = view.on[word.thing]?.[word.best];
     word.light = similar ? above(word.shown).map(x => x / most) : word.shown.map(
       x => Math.min(1, Math.log2(Math.max(1, x * P)) / Math.log2(data.full)));
   }
 }
-function describe(view, {word, patch}) {
-  const place = p => `row ${Math.floor(p / view.grid) + 1}, column ${p % view.grid + 1}`;
-  const {shown, best, hit} = view.words[word] ?? {};
-  const on = {true: ", on its object", false: ", not on its object"}[hit] ?? "";
-  if (shown) return `${view.words[word].word}: best patch in ${place(best)}${on}; ` +
-    `${shown.filter(x => x > 0).length} of ${shown.length} patches are above 0`;
-  const words = view.words.filter(word => word.light[patch] > 0).map(word => word.word);
-  return patch >= 0 ? place(patch) + ": " + (words.join(", ") || "no word") : "";
+function describe(view, word, p) {  // p: the word's best patch, or the patch that is pointed at
+  const place = `row ${Math.floor(p / view.grid) + 1}, column ${p % view.grid + 1}`;
+  const on = {true: ", on its object", false: ", not on its object"}[word?.hit] ?? "";
+  if (word) return `${word.word}: best patch in ${place}${on}; ` +
+    `${word.shown.filter(x => x > 0).length} of ${view.grid ** 2} patches are above 0`;
+  const words = view.words.filter(word => word.light[p] > 0).map(word => word.word);
+  return `${place}: ${words.join(", ") || "no word"}`;
 }
 function draw(view, i) {
   const n = view.grid, figure = find("main").appendChild(document.createElement("figure"));
-  const cell = p => `<rect x="${p % n}" y="${Math.floor(p / n)}" width="1" height="1"/>`;
+  const cells = Array.from({length: n * n}, (_, p) =>
+    `<rect x="${p % n}" y="${Math.floor(p / n)}" width="1" height="1"/>`);
   figure.innerHTML = `<svg viewBox="0 0 ${n} ${n}" tabindex="0" role="img" aria-label="picture
-    ${i + 1}"><image href="${data.pictures[i]}" width="${n}" height="${n}"/>` +
-    Array.from({length: n * n}, (_, p) => cell(p)).join("") + `<path transform="scale(
-    ${n / view.side})"/><rect class="frame" width="1" height="1"/></svg><div></div>
+    ${i + 1}"><image href="${data.pictures[i]}" width="${n}" height="${n}"/>${cells.join("")}<path
+    transform="scale(${n / view.side})"/><rect class="frame" width="1" height="1"/></svg><div></div>
     <p aria-live="polite"></p>`;
   const [svg, words, say] = figure.children, [frame, outline] = [...svg.children].reverse();
   const veil = [...svg.children].slice(1, 1 + n * n), buttons = view.words.map((word, k) => {
@@ -387,14 +418,14 @@ function draw(view, i) {
     outline.setAttribute("d", view.outlines[word?.thing] ?? "");
     frame.setAttribute("visibility", p >= 0 ? "visible" : "hidden");
     if (p >= 0) frame.setAttribute("transform", `translate(${p % n} ${Math.floor(p / n)})`);
-    say.textContent = describe(view, pick);
+    say.textContent = p >= 0 ? describe(view, word, p) : "";
   }
   svg.onpointermove = svg.onclick = event => show({patch: veil.indexOf(event.target)});
   svg.onkeydown = event => {
-    const to = (picked[i].patch ?? -1) + {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -n,
-      ArrowDown: n}[event.key];
+    const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -n, ArrowDown: n}[event.key];
+    const to = (picked[i].patch ?? -1) + step;
     if (to >= 0 && to < n * n) show({patch: to});
-    if (!isNaN(to)) event.preventDefault();
+    if (step) event.preventDefault();
   };
   show(picked[i] ?? {});
 }
@@ -410,8 +441,8 @@ function build() {
 }
 find("#sigma").oninput = build;
 find("#run").onchange = () => {
-  const run = data.runs[find("#run").selectedIndex], {shown, means} = run.views[0];
-  find("#sigma").value = run.sigma;
+  const run = data.runs[find("#run").selectedIndex], {grid, shown, means} = run.views[0];
+  find("#sigma").value = run.sigma ?? 1 / grid ** 2;
   find("#sigma").disabled = !shown.includes("eqs");
   find("#means").textContent = `${shown} (${means})`;
   build();
@@ -455,64 +486,171 @@ def draw_curves(folders, out=None):
                    if math.isfinite(float(row.get(name) or "nan"))] for log in logs]
         if any(curves):
             charts.append(titled(name, chart(curves)))
-    legend = [letters(folder, colour) for folder, colour in zip(folders, COLOURS)]
-    return sheet([legend, charts], out)
+    names = map(letters, evaluation.run_names(folders), COLOURS)
+    return sheet([[letters("over steps:"), *names], charts], out)
+
+
+# -------------------------------------------------------------- segmentation, retrieval, map
+def coloured(sample, label):
+    """label (h,w): the number of an object, or -1 -> the picture with the objects in colour."""
+    inks = [*(INKS[thing.colour] for thing in sample.scene["things"]), (40, 40, 40)]
+    over = Image.fromarray(np.array(inks, np.uint8)[label.numpy()])
+    return Image.blend(enlarge(sample.image), over.resize((SIDE, SIDE), 0), 0.75)
+
+
+def draw_segmentation(runs, samples, path):
+    """Scenes: what is where, what each run finds, by eval.scene_patches (SPARC Figures 3, 8)."""
+    blocks = []
+    for sample in samples[0]:
+        truth = sample.masks.int().argmax(0).masked_fill(~sample.masks.any(0), -1)  # (H, W)
+        picture = titled("picture", enlarge(sample.image))
+        blocks.append([picture, titled("truth", coloured(sample, truth))])
+    for run, mine in zip(runs, samples):
+        scenes, grid = [sample.scene for sample in mine], run.model.visual.grid
+        found = evaluation.scene_patches(OBJECTIVES[run.args.loss], run.model, run.tok, scenes)
+        for row, sample, (scores, masks) in zip(blocks, mine, found):
+            label = scores.argmax(1).view(grid, grid)
+            iou = evaluation.object_ious(label.flatten(), masks).mean()
+            row.append(titled(f"{run.name}: mIoU {iou:.0%}", coloured(sample, label)))
+    blocks.append(lines("A patch has the colour of the object whose phrase fits it best; it is "
+                        "dark if the background's does."))
+    return sheet(blocks, path, 2 + len(runs))
+
+
+def draw_retrieval(runs, samples, path):
+    """Of the first samples, the five best pictures and the five best texts among all samples."""
+    scores, blocks = [], []
+    for run, mine in zip(runs, samples):
+        images = evaluation.encode_images(run.model, [sample.image for sample in mine])
+        texts = evaluation.encode_texts(run.model, run.tok, [sample.text for sample in mine])
+        scores.append(evaluation.similarities(OBJECTIVES[run.args.loss], *images, *texts))
+    for i, query in enumerate(samples[0][:SHEET]):
+        blocks.append(lines(query.text))
+        said = []
+        for run, mine, (s_i2t, s_t2i) in zip(runs, samples, scores):
+            order = s_t2i[:, i].argsort(descending=True).tolist()
+            pictures = [ImageOps.crop(enlarge(mine[b].image), 10) for b in order[:5]]
+            frames = [ImageOps.expand(picture, 10, RED if b == i else "white")
+                      for b, picture in zip(order, pictures)]
+            place = f"{run.name}: its own picture is number {order.index(i) + 1} of {len(mine)}"
+            blocks += [[letters(place, GREY)], frames]
+            order = s_i2t[i].argsort(descending=True).tolist()
+            place = f"{run.name}: its own text is number {order.index(i) + 1} of {len(mine)}"
+            said.append(letters(place, GREY))
+            said += [flow(lines(f"{k}. {mine[c].text}", RED if c == i else "black"), 4 * SIDE)
+                     for k, c in enumerate(order[:5], 1)]
+        blocks.append([enlarge(query.image), flow(said, 4 * SIDE, 0)])
+    return sheet([*blocks, lines("Red: the text's own picture, the picture's own text.")], path, 5)
+
+
+def tsne(x, perplexity=30, steps=500):
+    """x (N,D) -> (N,2): exact t-SNE (van der Maaten and Hinton, 2008), from the two main axes. The
+    Gaussian around a point is as wide as its entropy is that of `perplexity` equal neighbours."""
+    d2 = torch.cdist(x, x).square().fill_diagonal_(torch.inf)
+    precision = torch.zeros(len(x), 1)  # their logarithms
+    for step in 10 * 0.5 ** torch.arange(40):
+        p = (-precision.exp() * d2).softmax(1)  # (N, N)
+        entropy = torch.special.entr(p).sum(1, keepdim=True)
+        precision += step * (entropy - math.log(perplexity)).sign()
+    p, others = (p + p.T) / (2 * len(x)), 1 - torch.eye(len(x))
+    y = x @ torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:2].T
+    y = (y / y.std() / 100).requires_grad_()
+    optimizer = torch.optim.Adam([y], lr=1)
+    for _ in range(steps):
+        near = others / (1 + (y[:, None] - y).square().sum(2))  # (N, N)
+        divergence = -(p * (near / near.sum()).clamp(min=1e-12).log()).sum()  # and a constant
+        y.grad, = torch.autograd.grad(divergence, y)
+        optimizer.step()
+    return y.detach()
+
+
+def draw_map(runs, samples, path):
+    """Pictures of one object, texts of one colour by t-SNE (PyramidCLIP Figure 4), each centred."""
+    panels, side = [], 2 * SIDE + MARGIN
+    texts = [join(Scenes.phrase(Thing("", "", ink, "thing", None), 0)) for ink in INKS]
+    for run, mine in zip(runs, samples):
+        v, V = evaluation.encode_images(run.model, [sample.image for sample in mine])
+        v = v if OBJECTIVES[run.args.loss].trains_v else V.mean(1)
+        t, _, _ = evaluation.encode_texts(run.model, run.tok, texts)
+        y = tsne(torch.cat([unit(unit(x) - unit(x).mean(0)) for x in (v, t)]).cpu())
+        y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)) * (side - 120) + 60
+        panel = Image.new("RGB", (side, side), (235, 235, 235))
+        draw, font = ImageDraw.Draw(panel), ImageFont.load_default(TEXT)
+        for (a, b), thing in zip(y.int().tolist(), [sample.scene["things"][0] for sample in mine]):
+            panel.paste(INKS[thing.colour], (a - 8, b - 8), sprite(thing.shape, "", 16, 4)[0])
+        for (a, b), ink in zip(y[len(mine):].tolist(), INKS):
+            draw.ellipse((a - 12, b - 12, a + 12, b + 12), INKS[ink], "black", 2)
+            draw.text((a, b - 16), ink, "black", font, "ms", stroke_width=3, stroke_fill="white")
+        panels.append(titled(run.name, panel))
+    about = "Small: a picture of one object. Large: the texts \"a red thing\" and so on."
+    return sheet([panels, lines(about)], path, 2 * len(runs))
 
 
 # -------------------------------------------------------------------------------- the command
-def draw_run(folders, data=None, n=6, device="cpu", out=None, images=None, how="crop", own=None):
-    """A run folder, or several -> the paths of the sheet, the page beside it, and of curves.png.
+KINDS = {"align": align_sheet, "cam": functools.partial(align_sheet, cam=True), "map": draw_map,
+         "retrieval": draw_retrieval, "segmentation": draw_segmentation}
+
+
+def draw_run(folders, data=None, n=None, device="cpu", out=None, images=None, how="crop", own=None,
+             kind="align"):
+    """A run folder, or several -> the paths of the sheet, and of align's page and curves.png.
     n pictures of data, images: as for eval.evaluate; own: a Sample to draw in their place."""
     folders = [folders] if isinstance(folders, str) else folders
-    runs, curves = open_runs(folders, device), []
+    runs, n = open_runs(folders, device), n or {"retrieval": 100, "map": 300}.get(kind, 6)
     if not (own or data):
         data, images = evaluation.own_data(folders[0], runs[0].args)
+    if kind in ("map", "segmentation") and (own or data != "scenes"):
+        raise UserError(f"{kind} needs to know what is where: take --data scenes, no --image")
     if data == "scenes" and not own:
-        seed = runs[0].args.seed
-        samples = [draw_scenes(n, seed, run.model.config["image_size"]) for run in runs]
+        samples = [draw_scenes(n, runs[0].args.seed, run.model.config["image_size"], kind)
+                   for run in runs]
     else:  # the same for all runs, and read once
         photos = [own] if own else read_photos(data, images, n)
         if how == "pad":
             photos = [x._replace(image=ImageOps.pad(x.image, 2 * [max(x.image.size)],
                                                     color="white")) for x in photos]
         samples = [photos] * len(runs)
-    out = out or evaluation.place(folders[0], "align.png")
-    align_sheet(runs, samples, out)
+    out = KINDS[kind](runs, samples, out or evaluation.place(folders[0], f"{kind}.png"))
+    if kind != "align":
+        return [out]
+    curves = []
     if not own and all(os.path.isfile(os.path.join(folder, "log.csv")) for folder in folders):
         curves = [draw_curves(folders, os.path.join(os.path.dirname(out), "curves.png"))]
-    page = align_page(runs, samples, os.path.splitext(out)[0] + ".html", curves)
-    return [out, page, *curves]
+    return [out, align_page(runs, samples, os.path.splitext(out)[0] + ".html", curves), *curves]
 
 
 def main():
-    ap = argparse.ArgumentParser(description="Draw what runs have learned, into the first folder.")
+    ap = argparse.ArgumentParser(description=f"Draw {', '.join(KINDS)} or curves of runs.")
     add = ap.add_argument
-    add("runs", nargs="+", metavar="RUN", help="folders, files of weights; or `curves RUN ...`")
+    add("runs", nargs="+", metavar="RUN", help="what to draw (align), then folders, weights' files")
     add("--image", help="a picture of your own")
     add("--text", help="what it shows, as in \"a photo of a balloon\"")
     add("--words", nargs="+", help="words or phrases to mark (default: all but a, on, left ...)")
     add("--fit", default="crop", choices=("crop", "pad"), help="a central square, or all, padded")
     add("--data", help="scenes, or as train.py --data (default: what the run is for)")
     add("--images", help="the folder of the pictures that a JSON file names")
-    add("--n", type=int, default=6, help=f"pictures on the page; the first {SHEET} make the sheet")
-    add("--out", help="the PNG to write (default: RUN/align.png, align-IMAGE.png, curves.png)")
+    add("--n", type=int, help="pictures (6; retrieval 100, map 300)")
+    add("--out", help="the PNG to write (default: RUN/align.png, align-IMAGE.png, curves.png ...)")
     add("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
-    args, own = ap.parse_args(), None
-    device = pick_device(args.device)
-    if args.runs[0] == "curves" and len(args.runs) > 1:
-        return print(draw_curves(args.runs[1:], args.out))
+    args, own, kind = ap.parse_args(), None, "align"
+    device, runs = pick_device(args.device), args.runs
+    if runs[0] in ("curves", *KINDS):
+        kind, *runs = runs
+    if not runs:
+        raise UserError(f"{kind} of what? Name a run: python visualize.py {kind} runs/sparc")
+    if kind == "curves":
+        return print(draw_curves(runs, args.out))
     if bool(args.image) != bool(args.text) or (args.words and not args.image):
-        raise UserError("--image and --text go together: a picture, and the text to align with it; "
-                        "--words marks words of that text")
-    if args.n < 1:
+        raise UserError("--image and --text go together, and --words marks words of that text")
+    if args.n is not None and args.n < 1:
         raise UserError(f"--n {args.n}: at least one picture")
     if args.image:
         own = Sample(open_image(args.image, 2 * SIDE), args.text, args.words)
-        name = f"align-{pathlib.Path(args.image).stem}.png"
-        args.out = args.out or evaluation.place(args.runs[0], name)
+        name = f"{kind}-{pathlib.Path(args.image).stem}.png"
+        args.out = args.out or evaluation.place(runs[0], name)
         if args.fit == "crop" and own.image.width != own.image.height:
             print(f"note: {args.image} is cut to a square: --fit pad shows all", file=sys.stderr)
-    print(*draw_run(args.runs, args.data, args.n, device, args.out, args.images, args.fit, own))
+    print(*draw_run(runs, args.data, args.n, device, args.out, args.images, args.fit, own, kind))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from PIL import Image, ImageOps
 import model
 from data import (
     BACKGROUNDS, COLOURS, FILLS, HELD_OUT, MEAN, SHAPES, SIZES, STD, BadRow, Batches,
-    Scenes, Tokenizer, center_crop, expand, filip_prompts, join, mirrored,
-    normalize, open_dataset, open_image, random_crop, random_window, word_tokens)
+    Scenes, Tokenizer, center_crop, cut, expand, filip_prompts, join, mirrored,
+    normalize, open_dataset, open_image, random_window, word_tokens)
 from eval import clean_table, sparc_prompts
 from model import BOS, BYTES, EOT, UserError, clean, word_pattern
 
@@ -475,14 +475,15 @@ def local_views(n, **options):
         r = random.Random(i)
         image, caption = scenes.pair(i, r)
         state = r.getstate()
-        crop, left = scenes.local_view(i, image, caption, r, 56, 0.5)
+        shown, left = scenes.local_view(i, image, caption, r, 0.5)
         again = random.Random()
         again.setstate(state)
         window, area = random_window(image, 0.5, again), 0.5
         while again.getstate() != r.getstate():  # nothing was left: it was drawn again
             area = (1 + area) / 2
             window = random_window(image, area, again)
-        yield scenes, i, image, caption, window, crop, left
+        assert shown == window
+        yield scenes, i, image, caption, window, cut(image, 56, shown), left
 
 
 def visible(scenes, i, window):
@@ -674,7 +675,7 @@ def test_crops_and_normalisation():
     im, r = noise(), random.Random(0)
     assert np.array_equal(center_crop(im, 40), np.asarray(im)[:, 10:50])
     assert center_crop(im, 24).size == (24, 24)
-    crops = [random_crop(im, 32, area, r) for area in (0.5, 0.5, 1.0)]
+    crops = [cut(im, 32, random_window(im, area, r)) for area in (0.5, 0.5, 1.0)]
     assert {c.size for c in crops} == {(32, 32)} and crops[0].tobytes() != crops[1].tobytes()
     x = normalize(torch.tensor([0, 255], dtype=torch.uint8).repeat(1, 3, 1, 1))[0, :, 0].T
     back = x * torch.tensor(STD) + torch.tensor(MEAN)  # (2, 3): black, white
@@ -723,7 +724,7 @@ def test_flips_in_batches(tmp_path):
     pairs.pair(0, r)
     flipped = r.random() < 0.5
     picture = ImageOps.mirror(pairs.open(0)) if flipped else pairs.open(0)
-    views = [random_crop(picture, 24, 1.0, r) for _ in range(2)]  # both of the same flip
+    views = [cut(picture, 24, random_window(picture, 1.0, r)) for _ in (1, 2)]  # of the same flip
     sample = whole.sample(0, 0)
     assert [v.tobytes() for v in views] == [sample[k].tobytes() for k in ("images", "images_l")]
 

@@ -11,15 +11,16 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageColor
 import eval as evaluation
 import visualize
-from data import Scenes
+from data import Scenes, join, normalize, to_tensor
 from losses import sparc_alignment
-from model import UserError
+from model import Attention, UserError
 from test_data import decode
 from test_eval import TOK, make_run
 
@@ -116,11 +117,11 @@ def test_the_sheet_says_what_it_shows(run, tmp_path, monkeypatch):
                        ("clip", "similarity (dark: the word's mean")):
         made = make_run(tmp_path / loss, loss=loss)
         visualize.draw_run(made, n=1)
-        assert name in " ".join(said) and "Tick: its best patch is on it." in " ".join(said)
+        assert name in " ".join(said) and "Tick: the best patch is on it." in " ".join(said)
         said.clear()
     sample = visualize.Sample(Image.new("RGB", (56, 56)), "a red star")
     visualize.draw_run(run, own=sample, out=str(tmp_path / "own.png"))
-    assert "Dot: the word's best patch." in " ".join(said) and "White" not in said
+    assert "Dot: the best patch." in " ".join(said) and "White" not in said
 
 
 def test_a_word_without_an_opinion_stays_dark(run):
@@ -197,7 +198,7 @@ def test_hits_are_the_loop(run):
     opened, = visualize.open_runs([run])
     sample, = visualize.draw_scenes(1, 3, opened.model.config["image_size"])
     a = visualize.align(opened, sample.image, sample.text)
-    _, panels, hits, _ = visualize.align_row(opened, sample, False, "")
+    _, panels, hits, _ = visualize.align_row(opened, sample)
     assert len(sample.wanted) == 4 == len(hits) and len(panels) == 5
     words = visualize.find_words(opened.tok, sample.text, sample.wanted)
     for (word, (l,)), (hit, chance) in zip(words, hits):
@@ -222,7 +223,7 @@ def test_a_word_of_several_tokens_shows_their_mean(run, monkeypatch):
     shown, text = spy_on_panels(monkeypatch), "a giraffe and a red star"
     opened, = visualize.open_runs([run])
     picture = Image.new("RGB", (56, 56), "teal")
-    visualize.align_row(opened, visualize.Sample(picture, text, ["giraffe"]), False, "")
+    visualize.align_row(opened, visualize.Sample(picture, text, ["giraffe"]))
     s = visualize.align(opened, picture, text).shown
     (_, at), = visualize.find_words(TOK, text, ["giraffe"])
     assert len(at) > 1 and torch.allclose(shown[0], sum(s[p] for p in at) / len(at))
@@ -333,7 +334,7 @@ def test_curves(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["visualize.py", "curves", run, other, "--out",
                                       str(tmp_path / "c.png")])
     visualize.main()
-    assert sorted(said) == sorted([run, other, "loss", "scale", "val_loss"])
+    assert sorted(said) == sorted(["over steps:", "run", "other", "loss", "scale", "val_loss"])
     assert drawn[0] == [[(20, 4), (40, 3), (60, 2)], [(20, 8), (40, 3), (60, 2)]]
     assert drawn[2] == [[(40, 9)], [(40, 9)]]
     pixels = set(map(tuple, np.asarray(Image.open(tmp_path / "c.png")).reshape(-1, 3)))
@@ -344,6 +345,9 @@ def test_curves(run, tmp_path, monkeypatch):
     assert page.count("data:image/png;base64") == 2  # the scene, the charts
     os.remove(os.path.join(run, "log.csv"))
     with pytest.raises(UserError, match="no .*log.csv: name run folders"):
+        visualize.main()
+    monkeypatch.setattr(sys, "argv", ["visualize.py", "curves"])
+    with pytest.raises(UserError, match="Name a run: python visualize.py curves runs/sparc"):
         visualize.main()
 
 
@@ -395,6 +399,278 @@ def test_refusals(draw, tmp_path, more, options, match):
         draw(*more, **options)
     assert "\n" not in str(e.value)
     assert sorted(os.listdir(tmp_path)) == ["own.png", "text.png"]
+
+
+# ------------------------------------------------------------ Grad-CAM
+class Toy(torch.nn.Module):
+    """A tower of one layer, convolution or attention; v is linear in what it returns."""
+    def __init__(self, convolution):
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.zeros(()))
+        self.config, self.convolution = {"image_size": 14}, convolution
+        self.visual = torch.nn.Module()
+        self.visual.grid = 2
+        if convolution:
+            self.visual.add_module(convolution, torch.nn.Conv2d(3, 4, 7, 7))
+        else:
+            block = torch.nn.Module()
+            block.attn = Attention(4, 2)
+            self.visual.transformer = torch.nn.Module()
+            self.visual.transformer.resblocks = torch.nn.ModuleList([block])
+        self.mix = torch.nn.Parameter(torch.randn(4, 4, 3))  # of 4 patches with 4 numbers
+
+    def patches(self, x):
+        x = x.double().unfold(2, 7, 7).unfold(3, 7, 7).flatten(2, 3).mean((3, 4)).mT  # (1, P, 3)
+        return torch.cat([x, x[..., :1]], 2)
+
+    def head(self, x):
+        return torch.einsum("bpw,pwd->bd", x, self.mix)
+
+    def encode_image(self, x):
+        if self.convolution:
+            layer = self.visual.get_submodule(self.convolution)
+            return self.head(layer(x.double()).flatten(2).mT), None
+        return self.head(self.visual.transformer.resblocks[0].attn(self.patches(x))), None
+
+
+def slow_gradient(score, kept):
+    """By finite differences."""
+    grad = torch.zeros_like(kept)
+    for place in np.ndindex(*kept.shape):
+        step = torch.zeros_like(kept)
+        step[place] = 1e-5
+        grad[place] = (score(kept + step) - score(kept - step)) / 2e-5
+    return grad
+
+
+@pytest.mark.parametrize("convolution", ["layer4", "stem", ""])
+def test_grad_cam_of_a_toy(convolution, monkeypatch):
+    """Of a ResNet, of small, of a ViT, against gradients by finite differences."""
+    torch.manual_seed(3)
+    toy, t = Toy(convolution).double(), torch.randn(1, 3).double()
+    monkeypatch.setattr(evaluation, "encode_texts", lambda *more: (t, None, None))
+    noise = np.random.RandomState(0).randint(0, 255, (14, 14, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    run = visualize.Run("toy", toy, TOK, types.SimpleNamespace(loss="clip"))
+    found = visualize.grad_cam(run, image, "a dog")
+    x = normalize(to_tensor([image])).double()
+
+    def cosine(y):
+        return torch.cosine_similarity(toy.head(y), t).item()
+    if convolution:
+        kept = toy.visual.get_submodule(convolution)(x).detach()  # (1, 4, 2, 2)
+        grad = slow_gradient(lambda a: cosine(a.flatten(2).mT), kept)
+        slow = [sum(grad[0, w].mean() * kept[0, w, y, x] for w in range(4)).clamp(min=0)
+                for y in range(2) for x in range(2)]
+    else:
+        layer, patches = toy.visual.transformer.resblocks[0].attn, toy.patches(x)
+        qkv = torch.nn.functional.linear(patches, layer.in_proj_weight, layer.in_proj_bias)
+        q, k, v = qkv.detach().split(4, 2)
+        heads = slice(0, 2), slice(2, 4)
+        kept = torch.stack([(q[..., h] @ k[..., h].mT / 2 ** 0.5).softmax(-1) for h in heads], 1)
+
+        def score(a):
+            y = torch.cat([a[:, n] @ v[..., h] for n, h in enumerate(heads)], 2)
+            return cosine(layer.out_proj(y))
+        grad = slow_gradient(score, kept)
+        slow = [sum(max(0, grad[0, h, n, p] * kept[0, h, n, p]) for h in range(2)
+                    for n in range(4)) / 2 for p in range(4)]
+    slow = torch.tensor([float(number) for number in slow]).double()
+    assert slow.max() > 0 and torch.allclose(found, slow / slow.max(), atol=1e-5)
+
+
+def test_grad_cam_leaves_the_model_as_it_was(run):
+    """Its attention has the output that the model's own has, and no hook stays."""
+    opened, = visualize.open_runs([run])
+    layer = opened.model.visual.transformer.resblocks[-1].attn
+    image, before = visualize.draw_scenes(1, 0, 56)[0].image, []
+    hook = layer.register_forward_hook(lambda layer, inputs, output: before.append(output))
+    heat = visualize.grad_cam(opened, image, "a red star")
+    hook.remove()
+    evaluation.encode_images(opened.model, [image])
+    assert heat.shape == (49,) and heat.max() == 1 and heat.min() >= 0
+    with torch.no_grad():
+        x = normalize(to_tensor([image]))
+        hook = layer.register_forward_hook(lambda layer, inputs, output: before.append(output))
+        opened.model.encode_image(x)
+        hook.remove()
+    assert len(before) == 2 and torch.allclose(before[0], before[1], atol=1e-5)
+
+
+def test_cam_shows_the_text_and_its_phrases(run, tmp_path, monkeypatch):
+    """Scenes: the whole text, both objects' phrases, outlined; others: the words, or --words."""
+    asked, original = [], visualize.grad_cam
+
+    def spy(run, image, text):
+        asked.append(text)
+        return original(run, image, text)
+    monkeypatch.setattr(visualize, "grad_cam", spy)
+    said = spy_on_text(monkeypatch)
+    path, = visualize.draw_run(run, n=1, out=str(tmp_path / "c.png"), kind="cam")
+    scene, = Scenes(1, 0, 56, "test", (2, 2))
+    phrases = [join(Scenes.phrase(thing, 0)) for thing in scene["things"]]
+    assert asked[0] == scene["caption"] and sorted(asked[1:]) == sorted(phrases)
+    assert "the whole text" in said and {*phrases} <= {*said}
+    assert "Grad-CAM (bright: the patches that raise" in " ".join(said)
+    assert re.search(r"run: \d of 2 best patches", " ".join(said))
+    asked.clear()
+    own = visualize.Sample(Image.new("RGB", (90, 60), "teal"), "a dog and a cat", ["a dog"])
+    visualize.draw_run(run, own=own, out=str(tmp_path / "own.png"), kind="cam")
+    assert asked == ["a dog and a cat", "a dog"]
+    asked.clear()
+    own = own._replace(text="A dog")
+    visualize.draw_run(run, own=own, out=str(tmp_path / "own.png"), kind="cam")
+    assert asked == ["A dog"]
+
+
+# ------------------------------------------------------------ segmentation, retrieval, the map
+PAINTS = [(200, 40, 40), (40, 160, 40), (40, 40, 200), (120, 120, 120), (200, 0, 200), (0, 160, 90)]
+
+
+def test_the_framed_picture_is_the_true_one(run, tmp_path, monkeypatch):
+    """Five pictures in the order of given similarities, a red frame around the text's own, if it is
+    among them; five texts in the order of theirs, the picture's own in red; both ranks."""
+    s_i2t, s_t2i = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(evaluation, "similarities", lambda *features: (s_i2t, s_t2i))
+    samples = [visualize.Sample(Image.new("RGB", (56, 56), paint), f"text{k}")
+               for k, paint in enumerate(PAINTS)]
+    said, original = [], visualize.letters
+
+    def spy(text, colour="black", *more):
+        said.append((text, colour))
+        return original(text, colour, *more)
+    monkeypatch.setattr(visualize, "letters", spy)
+    path = visualize.draw_retrieval(visualize.open_runs([run]), [samples], str(tmp_path / "r.png"))
+    pixels, y, wanted = np.asarray(Image.open(path)), 20, []
+    for i in range(3):
+        order = sorted(range(6), key=lambda b: -s_t2i[b, i])
+        y += 2 * (LETTER + 20)  # the text and the rank
+        for k, b in enumerate(order[:5]):
+            x = 20 + k * STEP
+            assert tuple(pixels[y + 140, x + 140]) == PAINTS[b]
+            frame = visualize.RED if b == i else "white"
+            assert tuple(pixels[y + 5, x + 140]) == ImageColor.getrgb(frame)
+        rank = f"run: its own picture is number {order.index(i) + 1} of 6"
+        assert (rank, visualize.GREY) in said
+        y += SIDE + 20
+        assert tuple(pixels[y + 140, 20 + 140]) == PAINTS[i]
+        y += SIDE + 20
+        order = sorted(range(6), key=lambda c: -s_i2t[i, c])
+        wanted.append((f"text{i}", "black"))
+        wanted += [(f"text{c}", visualize.RED if c == i else "black") for c in order[:5]]
+        rank = f"run: its own text is number {order.index(i) + 1} of 6"
+        assert (rank, visualize.GREY) in said
+    assert [text for text in said if re.match(r"text\d$", text[0])] == wanted
+
+
+def test_long_captions_are_not_cut(run, tmp_path, monkeypatch):
+    """Texts of 60 words, each once above and five times beside the pictures: all ink is there, in
+    letters of full size, with white around."""
+    monkeypatch.setattr(visualize, "RED", "black")
+    samples = [visualize.Sample(Image.new("RGB", (56, 56), "white"), "mmmmm " * 60)] * 6
+    expand = visualize.ImageOps.expand
+    monkeypatch.setattr(visualize.ImageOps, "expand", lambda picture, width, ink:
+                        expand(picture, width, "white"))
+    path = visualize.draw_retrieval(visualize.open_runs([run]), [samples], str(tmp_path / "r.png"))
+    pixels = np.asarray(Image.open(path).convert("L"))
+    assert (pixels[:, -2:] == 255).all()
+
+    def ink(text):
+        return (np.asarray(visualize.letters(text).convert("L")) < 90).sum()  # black, not GREY
+    words = 3 * (6 * 60 * ink("mmmmm") + sum(ink(f"{k}.") for k in range(1, 6)))
+    about = sum(map(ink, "Red: the text's own picture, the picture's own text.".split()))
+    assert (pixels < 90).sum() == words + about
+
+
+def test_segmentation_has_the_objects_colours(run, tmp_path, monkeypatch):
+    """The truth has the pixels of each object's mask in its colour, a run the patches that it takes
+    for it; the percentage is eval.py's."""
+    said, (opened,) = spy_on_text(monkeypatch), visualize.open_runs([run])
+    samples = visualize.draw_scenes(3, 0, 56)
+    path = visualize.draw_segmentation([opened], [samples], str(tmp_path / "s.png"))
+    pixels, objective = np.asarray(Image.open(path)).astype(float), evaluation.OBJECTIVES["sparc"]
+    scenes = list(Scenes(3, 0, 56, "test", (2, 2)))
+    found = evaluation.scene_patches(objective, opened.model, TOK, scenes)
+    for i, (scene, (scores, masks)) in enumerate(zip(scenes, found)):
+        top, label = 20 + i * (LETTER + SIDE + 20) + LETTER, scores.argmax(1)
+        plain, truth, seen = (pixels[top:top + SIDE, 20 + k * STEP:][:, :SIDE] for k in range(3))
+        inks = [visualize.INKS[thing.colour] for thing in scene["things"]] + [(40, 40, 40)]
+        for y in range(2, SIDE, 5):
+            for x in range(2, SIDE, 5):
+                here = masks[:, y // 5, x // 5].tolist() + [True]
+                ink = np.array(inks[here.index(True)])
+                assert abs(truth[y, x] - (0.25 * plain[y, x] + 0.75 * ink)).max() < 2
+                ink = np.array(inks[label[7 * (y // 40) + x // 40]])
+                assert abs(seen[y, x] - (0.25 * plain[y, x] + 0.75 * ink)).max() < 2
+        iou = evaluation.object_ious(label, masks).mean()
+        assert f"run: mIoU {iou:.0%}" in said
+
+
+def slow_neighbours(x, perplexity):
+    """t-SNE's p of each pair, with each point's width found by trying many."""
+    d2, p = torch.cdist(x, x).square().double(), torch.zeros(len(x), len(x)).double()
+    precisions = torch.linspace(-6, 2, 2001).double().exp()[:, None]
+    for i in range(len(x)):
+        others = [j for j in range(len(x)) if j != i]
+        rows = torch.exp(-precisions * d2[i, others])
+        rows = rows / rows.sum(1, keepdim=True)
+        entropy = torch.special.entr(rows).sum(1)
+        p[i, others] = rows[(entropy - np.log(perplexity)).abs().argmin()]
+    return (p + p.T) / (2 * len(x))
+
+
+def divergence(p, y):
+    q = (1 / (1 + torch.cdist(y, y).square().double())).fill_diagonal_(0)
+    q = q / q.sum()
+    return (p[p > 0] * (p[p > 0] / q[p > 0]).log()).sum().item()
+
+
+def test_tsne_lowers_the_divergence_and_keeps_clusters():
+    """Of t-SNE's divergence far less is left than on the two main axes, and hardly anything is
+    gained by moving points or stretching the result; clusters stay apart."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 5, generator=g)
+    x[20:] += 8
+    y, p = visualize.tsne(x, perplexity=6), slow_neighbours(x, 6)
+    axes, least = torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:2], divergence(p, y)
+    assert least < 0.5 * min(divergence(p, size * x @ axes.T) for size in (0.3, 1, 3, 10))
+    assert min(divergence(p, size * y) for size in (0.8, 1.25)) > 0.95 * least
+    assert divergence(p, y + torch.randn(40, 2, generator=g) * y.std() / 10) > least
+    a, b = y[:20], y[20:]
+    assert torch.cdist(a, b).min() > 0.3 * max(torch.cdist(a, a).max(), torch.cdist(b, b).max())
+
+
+def test_the_map_has_a_point_of_each_colour(run, tmp_path, monkeypatch):
+    """Small shapes lie where t-SNE puts the pictures, large discs where it puts the texts."""
+    monkeypatch.setattr(visualize, "tsne", lambda x: torch.stack(
+        [torch.arange(len(x)), torch.arange(len(x)) % 3], 1).float())
+    samples = visualize.draw_scenes(4, 0, 56, "map")
+    path = visualize.draw_map(visualize.open_runs([run]), [samples], str(tmp_path / "m.png"))
+    pixels, side = np.asarray(Image.open(path)), 2 * SIDE + 10
+    things = [sample.scene["things"] for sample in samples]
+    assert all(len(some) == 1 for some in things)
+    inks = [visualize.INKS[thing.colour] for thing, in things] + list(visualize.INKS.values())
+    for k, ink in enumerate(inks):
+        x = round(20 + 60 + k / (len(inks) - 1) * (side - 120))
+        y = round(20 + LETTER + 60 + k % 3 / 2 * (side - 120))
+        near = pixels[y - 8:y + 8, x - 8:x + 8].reshape(-1, 3).tolist()
+        assert list(ink) in near
+        assert k < 4 or tuple(pixels[y, x]) == ink
+
+
+def test_kinds_of_pictures_by_command(run, draw, tmp_path, monkeypatch, capsys):
+    """Each kind is written under its name; photos don't say what is where."""
+    for kind, n in (("cam", 1), ("segmentation", 2), ("retrieval", 4), ("map", 9)):
+        argv = ["visualize.py", kind, run, "--n", str(n), "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", argv)
+        visualize.main()
+        assert capsys.readouterr().out.strip() == os.path.join(run, f"{kind}.png")
+        os.remove(os.path.join(run, f"{kind}.png"))
+    picture = ["--image", str(tmp_path / "own.png"), "--text", "a dog", "--fit", "pad"]
+    for kind in ("segmentation", "map"):
+        monkeypatch.setattr(sys, "argv", ["visualize.py", kind, run, *picture])
+        with pytest.raises(UserError, match=f"{kind} needs to know .*: take --data scenes"):
+            visualize.main()
 
 
 # ---------------------------------------------------------------------- the page, in a browser
@@ -577,7 +853,7 @@ def test_hits_are_counted_and_runs_switch(browser, page):
     for k, run in enumerate(runs):
         choose(browser, k)
         hits = [hit for sample in samples[k]
-                for hit in visualize.align_row(run, sample, False, "")[2]]
+                for hit in visualize.align_row(run, sample)[2]]
         said = browser.run("find('#score').textContent")
         assert said.startswith(f"{sum(hit for hit, _ in hits)} of {len(hits)} words")
         ticks = browser.run("[...document.querySelectorAll('button')].map(b => b.textContent)")
