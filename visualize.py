@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 import eval as evaluation
-from data import COLOURS as INKS, Scenes, Thing, center_crop, join, normalize, open_dataset
-from data import open_image, sprite, to_tensor
+from data import COLOURS as INKS, Scenes, Thing, Word, center_crop, join, normalize, open_dataset
+from data import open_image, outline, to_tensor
 from losses import OBJECTIVES, unit
 from model import DEVICES, UserError, clean, pick_device, write
 
@@ -134,11 +134,11 @@ def flow(items, width, gap=MARGIN):
     return out.crop((0, 0, width, y + tall))
 
 
-def letters(text, colour="black", most=4 * SIDE):
+def letters(text, colour="black", most=4 * SIDE, paper="white"):
     """A line of text as a picture, in smaller letters if it would be wider than `most`."""
     length = ImageFont.load_default(TEXT).getlength(text)
     font = ImageFont.load_default(TEXT * min(1, most / length))
-    out = Image.new("RGB", (math.ceil(min(length, most)), int(1.3 * TEXT)), "white")
+    out = Image.new("RGB", (math.ceil(min(length, most)), int(1.3 * TEXT)), paper)
     ImageDraw.Draw(out).text((0, TEXT), text, colour, font=font, anchor="ls")
     return out
 
@@ -491,27 +491,61 @@ def draw_curves(folders, out=None):
 
 
 # -------------------------------------------------------------- segmentation, retrieval, map
-def coloured(sample, label):
+def coloured(image, scene, label):
     """label (h,w): the number of an object, or -1 -> the picture with the objects in colour."""
-    inks = [*(INKS[thing.colour] for thing in sample.scene["things"]), (40, 40, 40)]
-    over = Image.fromarray(np.array(inks, np.uint8)[label.numpy()])
-    return Image.blend(enlarge(sample.image), over.resize((SIDE, SIDE), 0), 0.75)
+    inks = [*(INKS[thing.colour] for thing in scene["things"]), (40, 40, 40)]
+    over = Image.fromarray(np.array(inks, np.uint8)[label])
+    return Image.blend(enlarge(image), over.resize((SIDE, SIDE), 0), 0.75)
+
+
+def draw_truth(image, scene):
+    """A scene as a panel with the masks and boxes of its objects."""
+    masks = scene["masks"]  # (N, H, W)
+    out = coloured(image, scene, np.where(masks.any(0), masks.argmax(0), -1))
+    for thing in scene["things"]:
+        x1, y1, x2, y2 = (x * SIDE / len(masks[0]) for x in thing.box)
+        box = x1, y1, x2 - 1, y2 - 1
+        ImageDraw.Draw(out).rectangle(box, outline=INKS[thing.colour], width=2)
+    return out
+
+
+def draw_samples(data, n, path):
+    """What the first n samples hold: all texts, on scenes each word on its object's colour, paler,
+    and the truth. For `python data.py` -> the PNG's path."""
+    blocks = []
+    for i in range(min(n, len(data))):
+        image, caption = data.pair(i)
+        panels, views, papers = [enlarge(image)], data.views(i, image, caption), ["white"]
+        if isinstance(data, Scenes):
+            texts = [[Word(head), *data.words(data.spec(i), style)] for style, head in
+                     enumerate(("caption:", "paraphrase:", "paraphrase:"))]
+            panels.append(draw_truth(image, data[i]))
+            inks = [INKS[thing.colour] for thing in data[i]["things"]]
+            papers = [*(tuple((x + 255) // 2 for x in ink) for ink in inks), "white"]
+        else:
+            texts = [map(Word, f"text: {text}".split()) for text in data.told[i]]
+        texts += [map(Word, f"{k}: {views[k]}".split()) for k in ("summary", "objects")
+                  if k in views]
+        told = [flow([letters(text, most=2 * SIDE, paper=papers[k]) for text, k, _ in words],
+                     2 * SIDE) for words in texts]
+        blocks.append([*panels, flow(told, 2 * SIDE, 2 * MARGIN)])
+    return sheet(blocks, path, 4)
 
 
 def draw_segmentation(runs, samples, path):
     """Scenes: what is where, what each run finds, by eval.scene_patches (SPARC Figures 3, 8)."""
     blocks = []
     for sample in samples[0]:
-        truth = sample.masks.int().argmax(0).masked_fill(~sample.masks.any(0), -1)  # (H, W)
         picture = titled("picture", enlarge(sample.image))
-        blocks.append([picture, titled("truth", coloured(sample, truth))])
+        blocks.append([picture, titled("truth", draw_truth(sample.image, sample.scene))])
     for run, mine in zip(runs, samples):
         scenes, grid = [sample.scene for sample in mine], run.model.visual.grid
         found = evaluation.scene_patches(OBJECTIVES[run.args.loss], run.model, run.tok, scenes)
         for row, sample, (scores, masks) in zip(blocks, mine, found):
             label = scores.argmax(1).view(grid, grid)
             iou = evaluation.object_ious(label.flatten(), masks).mean()
-            row.append(titled(f"{run.name}: mIoU {iou:.0%}", coloured(sample, label)))
+            found = coloured(sample.image, sample.scene, label.numpy())
+            row.append(titled(f"{run.name}: mIoU {iou:.0%}", found))
     blocks.append(lines("A patch has the colour of the object whose phrase fits it best; it is "
                         "dark if the background's does."))
     return sheet(blocks, path, 2 + len(runs))
@@ -577,7 +611,7 @@ def draw_map(runs, samples, path):
         panel = Image.new("RGB", (side, side), (235, 235, 235))
         draw, font = ImageDraw.Draw(panel), ImageFont.load_default(TEXT)
         for (a, b), thing in zip(y.int().tolist(), [sample.scene["things"][0] for sample in mine]):
-            panel.paste(INKS[thing.colour], (a - 8, b - 8), sprite(thing.shape, "", 16, 4)[0])
+            panel.paste(INKS[thing.colour], (a - 8, b - 8), outline(thing.shape, 16))
         for (a, b), ink in zip(y[len(mine):].tolist(), INKS):
             draw.ellipse((a - 12, b - 12, a + 12, b + 12), INKS[ink], "black", 2)
             draw.text((a, b - 16), ink, "black", font, "ms", stroke_width=3, stroke_fill="white")

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageColor
+import data
 import eval as evaluation
 import visualize
-from data import Scenes, join, normalize, to_tensor
+from data import COLOURS, Scenes, join, normalize, to_tensor
 from losses import sparc_alignment
 from model import Attention, UserError
 from test_data import decode
@@ -580,6 +581,61 @@ def test_long_captions_are_not_cut(run, tmp_path, monkeypatch):
     words = 3 * (6 * 60 * ink("mmmmm") + sum(ink(f"{k}.") for k in range(1, 6)))
     about = sum(map(ink, "Red: the text's own picture, the picture's own text.".split()))
     assert (pixels < 90).sum() == words + about
+
+
+def test_the_sheet_of_samples(tmp_path, monkeypatch):
+    """Masks and boxes have their object's colour, and each word that names it a paler one."""
+    said, original = [], visualize.letters
+
+    def spy(text, **options):
+        said.append((text, options["paper"]))
+        return original(text, **options)
+    monkeypatch.setattr(visualize, "letters", spy)
+    scenes, white = Scenes(3, size=SIDE, split="val"), "white"
+    path = visualize.draw_samples(scenes, 3, str(tmp_path / "s.png"))
+    pixels, wanted, y = np.asarray(Image.open(path)).astype(int), [], 20
+    for i, s in enumerate(scenes):
+        picture, truth = (pixels[y:y + SIDE, x:x + SIDE] for x in (20, 20 + STEP))
+        for thing, mask in zip(s["things"], s["masks"]):
+            x1, y1, x2, y2 = thing.box
+            inside = np.zeros_like(mask)
+            inside[y1 + 4:y2 - 4, x1 + 4:x2 - 4] = mask[y1 + 4:y2 - 4, x1 + 4:x2 - 4]
+            mixed = 0.25 * picture + 0.75 * np.array(COLOURS[thing.colour])
+            assert inside.any() and abs(truth[inside] - mixed[inside]).max() < 2
+            assert (truth[y1, x1:x2] == COLOURS[thing.colour]).all()
+            assert (truth[y1:y2, x1] == COLOURS[thing.colour]).all()
+        for style, head in enumerate(("caption:", "paraphrase:", "paraphrase:")):
+            wanted.append((head, white))
+            for word in scenes.words(scenes.spec(i), style):
+                ink = COLOURS[s["things"][word.thing].colour] if word.thing >= 0 else (255,) * 3
+                pale = tuple((255 + x) // 2 for x in ink)
+                wanted.append((word.text, pale if word.thing >= 0 else white))
+        views = scenes.views(i, s["image"], s["caption"])
+        for name in ("summary", "objects"):
+            wanted += [(text, white) for text in f"{name}: {views[name]}".split()]
+        below = (pixels[y + SIDE:, 20:20 + 2 * STEP] == 255).all((1, 2))
+        y += SIDE + int((~below).argmax())
+    assert said == wanted
+
+
+def test_the_sheet_of_a_file(tmp_path, monkeypatch, capsys):
+    """By the command: all captions and paraphrases, the summary, objects; a long word is not cut;
+    as many samples as there are."""
+    said = spy_on_text(monkeypatch)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    (tmp_path / "d.csv").write_text("image,caption,paraphrases,summary,objects\n"
+                                    f"a.png,one {'W' * 90},eins | uno,short,dog\n")
+    out = tmp_path / "sheet.png"
+    monkeypatch.setattr(sys, "argv", ["data.py", "--data", str(tmp_path / "d.csv"), "--n", "9",
+                                      "--out", str(out)])
+    data.main()
+    wanted = f"text: one {'W' * 90} text: eins text: uno summary: short objects: dog"
+    assert " ".join(said) == wanted and capsys.readouterr().out == f"drawn into {out}\n"
+    pixels = np.asarray(Image.open(out).convert("L"))
+    assert (pixels[:, -15:] == 255).all() and (pixels[:, STEP + 30:] < 128).any()
+    monkeypatch.setattr(sys, "argv", ["data.py", "--n", "0"])
+    with pytest.raises(SystemExit):
+        data.main()
 
 
 def test_segmentation_has_the_objects_colours(run, tmp_path, monkeypatch):
