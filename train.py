@@ -5,42 +5,37 @@
     torchrun train.py --loss sparc --init ViT-B-32.pt --data photos/train.csv  # fine-tune CLIP
 
 `training_step` is the algorithm, from the batch to the new weights; all else stands around it.
+A batch depends on the seed and the step alone: a killed run, resumed, ends with the same numbers.
 Covers: SPARC 4.1, D.4; FILIP 3.1.1 (the tokens that are sent), 4.1, A.2; PyramidCLIP 3.2, A.2, F.
-
-A run folder holds last.pt, log.csv, args.json, of files bad_rows.csv (what can't be used) and, at
-the end, metrics.json and align.png. A batch depends on the seed and the step alone: a run that is
-killed and resumed ends with the same numbers.
 
 Differs from the papers:
 - The defaults suit scenes. SPARC has 16,384 pairs a batch; for the rest of its settings, give
   `--sigma 1/P --local-weight 1 --no-patches-through-h`.
-- AdamW's beta2 of 0.98 and the clipping of gradients are ours; no paper gives them.
-- Warm-up takes 100 steps (FILIP 3,000, SPARC 2,500, PyramidCLIP a tenth of all). Weight decay is
-  0.1 (SPARC 0.1 to 0.3, PyramidCLIP 0.2) and spares FILIP's list for all.
+- Ours are AdamW's beta2 of 0.98, the clipping of gradients, a warm-up of 100 steps (FILIP 3,000,
+  SPARC 2,500, PyramidCLIP a tenth). Weight decay is 0.1 (SPARC 0.1 to 0.3, PyramidCLIP 0.2).
 - Files are cropped at random and flipped: SPARC only resizes. Scenes are not: captions tell places.
-  PyramidCLIP's local crop of a scene has its own caption, of what is left.
 - --init takes a thirtieth of the rate, as FILIP: 6e-3 (Table 9), then 2e-4 (Table 10). PyramidCLIP
   gets no LeFF then. What an objective adds (PACL's e_v, phi, MGCA's and GLoRIA's heads) is new.
-- BatchNorm (RN50, LeFF, small) sees the pictures of one process on CPUs, of all processes on GPUs.
+- BatchNorm (RN50, LeFF, small) sees one part of --accum-steps; on CPUs, one process's pictures.
 """
-import argparse, contextlib, copy, ctypes, json, math, os, pathlib, signal, sys, tempfile, time
+import argparse, contextlib, copy, ctypes, itertools, json, math, os, pathlib, signal, sys, time
 import timeit
 from unittest.mock import patch
 import torch, torch.distributed as dist, torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 import eval as evaluation, losses as objectives, model as models, visualize
-from data import BadRow, Batches, Scenes, Tokenizer, center_crop, collate, normalize, open_dataset
+from data import Batches, Scenes, Tokenizer, center_crop, collate, normalize, open_dataset
 from losses import DTYPES, OBJECTIVES, SIX
 from model import DEVICES, UserError, pick_device, write
 
 # ----------------------------------------------------------------------------------------- options
-# What the weights of --init decide.
 BROUGHT = ("model", "pool", "causal", "patch_size", "layers", "width", "context_length", "vocab",
-           "patches_through_h", "leff", "no_leff")
+           "patches_through_h", "leff", "no_leff")           # what the weights of --init decide
 # Options that may change when a run is resumed: they do not change its numbers.
 FREE = ("out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every",
         "amp", "checkpointing", "val", "images", "max_bad")
-# Columns of log.csv, empty in rows of steps without validation.
+# Columns of log.csv.
 VALIDATION = ("val_loss", *(f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))
 
 
@@ -69,8 +64,7 @@ def flags():
     add("--data", "train on scenes, or on files: a table, JSON, a folder, tar shards", "scenes")
     add("--out", "write the run into this folder (runs/LOSS)")
     add("--steps", "take so many optimiser steps (scenes 2800, files 1000)", **whole)
-    add("--batch-size", "pictures a step, in all; halve it if memory runs out (128, small 256)",
-        **whole)
+    add("--batch-size", "pictures a step; halve it if memory runs out (128, small 256)", **whole)
     add("--lr", "set the peak rate (tiny 1.5e-3, small 1e-3, else 5e-4; lamb: FILIP's)", **number)
     add("--image-size", "set a picture's side in pixels", **whole)
     add("--resume", "go on from the folder's last.pt, or start if there is none", **switch)
@@ -138,12 +132,14 @@ def flags():
 
 
 def users(name):
-    """Objectives that look at the option of this name."""
+    """The option without which the one of this name means nothing, and its values that use it."""
+    if name in ("paraphrase", "mismatch"):
+        return "data", ["scenes"]
     if name in ("hard_targets", "leff", "no_leff", "local_crop", "regions"):
-        return ["pyramid"]                                   # its loss sees none of these
+        return "loss", ["pyramid"]                           # its loss sees none of these
     if name in ("mask_equal_texts", "captions"):             # pyramid's targets are soft already
-        return [k for k in OBJECTIVES if k != "pyramid"]
-    return [k for k, o in OBJECTIVES.items() if name in o.options] or list(OBJECTIVES)
+        return "loss", [k for k in OBJECTIVES if k != "pyramid"]
+    return "loss", [k for k, o in OBJECTIVES.items() if name in o.options] or list(OBJECTIVES)
 
 
 def flag(name):
@@ -171,9 +167,11 @@ def options():
         args.model = ckpt["args"]["model"]
         args.image_size = args.image_size or ckpt["config"]["image_size"]
     for name, value in vars(args).items():
-        if value != ap.get_default(name) and args.loss not in users(name):
-            raise UserError(f"{flag(name)} means nothing to --loss {args.loss}: leave it out, or "
-                            f"take --loss {' or '.join(users(name))}")
+        other, wanted = users(name)
+        got = getattr(args, other)
+        if value != ap.get_default(name) and got not in wanted:
+            raise UserError(f"{flag(name)} means nothing to --{other} {got}: leave it out, or take "
+                            f"--{other} {' or '.join(wanted)}")
     args.device = pick_device(args.device)
     fill_in(args)
     if args.model not in models.CONFIGS and not args.init:
@@ -187,7 +185,7 @@ def fill_in(args):
     scenes, lamb = args.data == "scenes", args.optimizer == "lamb"
     args.model = args.model or ("tiny" if scenes else "small")
     tiny, small = args.model == "tiny", args.model == "small"
-    defaults = dict(out=os.path.join("runs", args.loss), terms=list(SIX), lam=1 / 3, mu=1 / 3,
+    defaults = dict(out=f"runs/{args.loss}", terms=list(SIX), lam=1 / 3, mu=1 / 3,
                     steps=1000, batch_size=256 if small else 128, crop=0.4, flip=True, lr=5e-4,
                     vocab="learn:4000" if small else "learn:8000", weight_decay=0.1, sigma="1/P",
                     local_weight=1.0, patches_through_h=(tiny or small) and args.pool != "cls",
@@ -228,14 +226,12 @@ def check(args):
             raise UserError(f"{flag(name)} must lie in 0..1, below 1, not {value}")
         if name in shares and value != "1/P" and not 0 <= value <= 1:
             raise UserError(f"{flag(name)} is a share, in 0..1, not {value}")
-    if args.vocab and args.vocab.split(":")[0] == "learn" and not args.vocab[6:].isdigit():
-        raise UserError(f"--vocab {args.vocab}: the number of entries is missing, as in learn:8000")
     frozen = set(args.freeze or ()) - {"none"}
     if len(frozen) > 1 or (frozen and not args.init):
         raise UserError("--freeze keeps a tower that --init brings, and leaves the other to learn: "
                         "give --init, and one tower")
     if len(set(args.terms)) < len(args.terms):
-        raise UserError(f"--terms {' '.join(args.terms)}: a term stands there twice")
+        raise UserError("--terms: a term stands there twice")
     if args.lam + args.mu > 1:
         raise UserError(f"--lam {args.lam} and --mu {args.mu}: their sum is above 1")
 
@@ -245,41 +241,32 @@ class BadData(UserError):
     """Found by one process alone, which has to say so itself; what all find, the first one says."""
 
 
-def launcher():
-    """What torchrun says -> rank, number of processes, number on this machine. Or BadData."""
-    says = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}
-    rank, world, local, *master = (os.environ.get(name, says[name]) for name in says)
-    if all(x.isdigit() for x in (rank, world, local)) and int(rank) < int(world):
-        if world == "1" or all(master):
-            return int(rank), int(world), int(local)
-    said = [f"{name}={os.environ[name]!r}" if name in os.environ else f"no {name}" for name in says]
-    raise BadData(f"the environment has {', '.join(said)}, which torchrun would not leave so: "
-                  f"start with `torchrun --nproc-per-node 2 train.py ...`, or unset them")
-
-
 def start_processes(args):
     """Join the processes of torchrun, if there are several -> rank, number of processes, device."""
-    rank, world, local = launcher()
-    device = torch.device(args.device, local if args.device == "cuda" else None)
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"--nproc-per-node: there are {torch.cuda.device_count()} GPUs here")
-        torch.cuda.set_device(device)
-    elif device.type == "mps" and world > 1:
+    env, gpu = os.environ, args.device == "cuda"
+    try:
+        rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        local = int(env.get("LOCAL_RANK", 0))                # number on this machine
+        if not 0 <= rank < world or local < 0:
+            raise ValueError("there is no such process")
+        if gpu:
+            torch.cuda.set_device(local)
+        if world > 1:
+            dist.init_process_group("nccl" if gpu else "gloo")
+    except (RuntimeError, ValueError) as e:                  # also without a GPU, or the port
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        said = ", ".join(f"{name}={env.get(name)!r}" for name in names)
+        raise BadData(f"the environment has {said} ({str(e).splitlines()[0]}): start with "
+                      f"`torchrun --nproc-per-node N train.py ...`, N GPUs or a CPU, or unset them")
+    if args.device == "mps" and world > 1:
         raise UserError("--device mps serves one process: start train.py without torchrun")
-    else:
+    if not gpu:
         keep_memory()
         if world > 1:                                        # torchrun leaves each one thread
             cores = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count()))(0)
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            here = int(env.get("LOCAL_WORLD_SIZE", world))
             torch.set_num_threads(max(1, len(cores) // here))
-    if world > 1:
-        try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except (RuntimeError, ValueError) as e:              # as if the port is taken
-            raise BadData(f"process {rank} can't meet the others ({str(e).splitlines()[0]}): start "
-                          f"all of them with one torchrun") from None
-    return rank, world, device
+    return rank, world, torch.device(args.device, local if gpu else None)
 
 
 def leave_processes():
@@ -294,8 +281,8 @@ def keep_memory():
     with contextlib.suppress(OSError, AttributeError, TypeError):        # no such library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 1 << 30)                                 # M_TRIM_THRESHOLD
-        for size in (1 << 25, 1 << 30):                      # M_MMAP_THRESHOLD; older versions
-            mallopt(-3, size)                                # take the smaller one only
+        mallopt(-3, 1 << 25)                                 # M_MMAP_THRESHOLD
+        mallopt(-3, 1 << 30)                                 # which older versions refuse
 
 
 def pick_precision(amp, device):
@@ -327,26 +314,36 @@ def number_texts(ids):
     return ids.cpu().unique(dim=0, return_inverse=True)[1].to(ids.device)
 
 
-def make_info_nce(ids, M, k, mask):
-    """info_nce for k texts of each picture in a row: each is a partner with probability 1/k (FILIP
-    A.2). ids, M (b,L) of my texts. mask: others' texts that equal one's own are no negatives."""
-    own = objectives.labels(ids)                             # (b,)
+def mask_equal_texts(ids, M, k):
+    """losses.info_nce without negatives whose text equals one's own. ids, M (b,L) of my texts, k of
+    each picture in a row."""
+    info_nce, own = objectives.info_nce, objectives.labels(ids)          # (b,)
     everyone, _ = objectives.gather_texts(ids[..., None], M)             # (B, L, 1)
     number = number_texts(everyone[..., 0])                  # (B,)
-    partner = own[:, None] // k == torch.arange(len(number), device=ids.device) // k       # (b, B)
-    twins = (number[own][:, None] == number) & ~partner & mask
+    picture = torch.arange(len(number), device=ids.device) // k          # (B,)
+    twins = (number[own, None] == number) & (picture[own, None] != picture)        # (b, B)
 
-    def info_nce(*logits):
-        logits = [s.masked_fill(twins, -1e9) for s in logits]            # as good as -inf
-        return sum(nn.functional.cross_entropy(s, partner / k) for s in logits) / 2
-    return info_nce
+    def masked(*logits):
+        return info_nce(*(s.masked_fill(twins, -1e9) for s in logits))   # as good as -inf
+    return masked
+
+
+def in_parts(features, batch, parts):
+    """features(batch), where only a part of the batch fits in memory. Exact: the loss sees all
+    features. Backward computes each part again, one at a time."""
+    if parts == 1:
+        return features(batch)
+    chunks = [{name: x.chunk(parts)[i] for name, x in batch.items()} for i in range(parts)]
+    found = [checkpoint(features, chunk, use_reentrant=False) for chunk in chunks]
+    scale = {"scale": found[0].pop("scale")}                 # the same of every part
+    return {name: torch.cat([f[name] for f in found]) for name in found[0]} | scale
 
 
 class ModelAndLoss(nn.Module):
     """Both in one forward, so that DistributedDataParallel sees which parameters the loss uses."""
     def __init__(self, model, args):
         super().__init__()
-        self.model, self.objective = model, OBJECTIVES[args.loss]
+        self.model, self.objective, self.parts = model, OBJECTIVES[args.loss], args.accum_steps
         self.head = self.objective.head(model.config["embed_dim"])
         self.options, self.mask = evaluation.loss_options(args), args.mask_equal_texts
 
@@ -355,17 +352,18 @@ class ModelAndLoss(nn.Module):
         return self.model(**(batch | pictures)) | {"ids": batch["ids"]}      # v, V, t, T, M, ...
 
     def loss(self, f):
-        """-> {"loss", its parts}, scalars. A picture with k texts takes part k times."""
+        """-> {"loss", its parts}, scalars. A picture with k texts takes part k times, so that each
+        text is its partner with probability 1/k (FILIP A.2)."""
         info_nce, k = objectives.info_nce, len(f["t"]) // len(f["v"])
         if k > 1:
             f = f | {name: f[name].repeat_interleave(k, 0) for name in ("v", "V")}
-        if k > 1 or self.mask:
-            info_nce = make_info_nce(f["ids"], f["M"], k, self.mask)
+        if self.mask:
+            info_nce = mask_equal_texts(f["ids"], f["M"], k)
         with patch.object(objectives, "info_nce", info_nce):
             return self.objective.loss(f, self.head, **self.options)
 
     def forward(self, batch):
-        f = self.features(batch)
+        f = in_parts(self.features, batch, self.parts)
         return self.loss(f), {name: x.detach() for name, x in f.items()}
 
 
@@ -374,14 +372,9 @@ def training_step(run, step):
     features, gradient's norm. Raises UserError, with the weights as they were, if not finite."""
     module, optimizer, scaler = run.module, run.optimizer, run.scaler
     batch = run.draw()                                       # pictures (b, 3, H, W), texts (b, L)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, run.args)
-    if run.args.accum_steps > 1:
-        losses, f = in_parts(run, batch)
-    else:
-        with run.autocast():
-            losses, f = run.parallel(batch)                  # the features, then their losses
-        scaler.scale(losses["loss"]).backward()
+    with run.autocast:
+        losses, f = run.parallel(batch)                      # the features, then their losses
+    scaler.scale(losses["loss"]).backward()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(module.parameters(), run.args.clip_grad or math.inf).item()
     losses = run.agree(losses)
@@ -389,38 +382,13 @@ def training_step(run, step):
     if not math.isfinite(losses["loss"]) or not (skips or math.isfinite(norm)):
         raise UserError(f"step {step + 1}: the loss is {losses['loss']}, its gradient's norm {norm}"
                         f"; nothing was updated. Lower --lr, raise --warmup, or use --amp off")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, run.args)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     models.clamp_scales(module)
     return losses, f, norm
-
-
-def in_parts(run, batch):
-    """Losses and gradient of a batch of which only a part fits in memory. Exact: the features of
-    all parts, without a gradient; the loss of all features, and its gradient with respect to them;
-    each part again, with that gradient. Only BatchNorm (RN50, LeFF, small) sees one part."""
-    module, parts = run.module, run.args.accum_steps
-    chunks = [{name: x.chunk(parts)[i] for name, x in batch.items()} for i in range(parts)]
-    with torch.no_grad(), run.autocast():
-        features = [module.features(chunk) for chunk in chunks]
-    f = {name: torch.cat([x[name] for x in features]) for name in features[0] if name != "scale"}
-    leaves = {name: x.requires_grad_() for name, x in f.items() if x.is_floating_point()}
-    f["scale"] = run.model.logit_scale.exp()
-    with run.autocast():
-        losses = module.loss(f)
-    run.scaler.scale(losses["loss"]).backward()
-    for i, chunk in enumerate(chunks):
-        with run.autocast():
-            again = module.features(chunk)
-        learns = [(again[name], x.grad.chunk(parts)[i]) for name, x in leaves.items()
-                  if x.grad is not None and again[name].requires_grad]     # no frozen tower's
-        torch.autograd.backward(*zip(*learns))
-    for p in module.parameters():                            # what DistributedDataParallel does
-        if run.world > 1 and p.grad is not None:
-            dist.all_reduce(p.grad)
-            p.grad /= run.world
-    return losses, f
 
 
 # ------------------------------------------------------------------------- schedule and optimiser
@@ -476,19 +444,18 @@ def make_optimizer(module, args):
 # --------------------------------------------------------------------------------- data and model
 def make_validation(args, tok, size, length):
     """The first 250 pairs to validate on, a batch on the CPU; nothing if none can be read."""
-    data = []
+    pairs, bad = [], []
     if args.data == "scenes":
         data = Scenes(250, args.seed, size, "val")
+        pairs = ((i, *data.pair(i)) for i in range(250))
     elif args.val:
         data = open_dataset(args.val, images=args.images)
-    samples, bad = [], list(getattr(data, "bad", []))
-    for i in range(min(250, len(data))):
-        try:
-            image, caption = data.pair(i, size=size)
-            views = data.views(i, image, caption) if args.loss == "pyramid" else {}
-            samples.append({"images": center_crop(image, size), "caption": caption} | views)
-        except BadRow as e:
-            bad.append(e)
+        pairs = ((i, image, data.captions[i][0]) for i, image in data.good(size))
+        bad = data.bad                                       # with those that good meets
+    samples = []
+    for i, image, caption in itertools.islice(pairs, 250):
+        views = data.views(i, image, caption) if args.loss == "pyramid" else {}
+        samples.append({"images": center_crop(image, size), "caption": caption} | views)
     if bad:
         print(f"note: {len(bad)} rows of {args.val} can't be used; the first: {bad[0]}")
     return samples and collate(samples, tok, length)
@@ -538,8 +505,8 @@ def report_terms(data, args):
     lost = [term for term in args.terms if set(term) & set(missing)]
     weight = {"GA": args.lam, "RS": args.lam, "LA": args.mu, "RT": args.mu, "GT": 1, "LS": 1}
     if all(term in lost or weight.get(term, 1 - args.lam - args.mu) <= 0 for term in args.terms):
-        raise UserError(f"--terms {' '.join(args.terms)}: {args.data} has nothing to feed them, or "
-                        f"their weight is 0; add the column objects, --regions FILE.npz, or LT")
+        raise UserError(f"--terms: {args.data} has nothing to feed them, or their weight is 0; add "
+                        f"the column objects, --regions FILE.npz, or LT")
     if lost:
         why = " and ".join(missing.values())
         print(f"note: without {why} the terms {' '.join(lost)} fall away")
@@ -572,8 +539,9 @@ class Run:
         self.start = ckpt.get("step", 0)
         amp = [pick_precision(args.amp, self.device)]
         if self.world > 1:
-            dist.broadcast_object_list(amp, 0)               # one answer for all
+            dist.broadcast_object_list(amp)                  # one answer for all
         args.amp = amp[0]
+        self.autocast = torch.autocast(self.device.type, DTYPES.get(args.amp), args.amp != "off")
         self.open_data(ckpt)
         self.build(ckpt)
         signal.signal(signal.SIGINT, signal.SIG_IGN)         # data workers inherit that; I end them
@@ -583,14 +551,14 @@ class Run:
         self.parallel = self.module
         if self.world > 1 and self.gpu:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
-        if self.world > 1 and args.accum_steps == 1:         # an objective may leave weights unused
+        if self.world > 1:                                   # an objective may leave weights unused
             self.parallel = nn.parallel.DistributedDataParallel(self.module, static_graph=True)
         if self.first:
             self.announce()
         self.since, self.logged = time.perf_counter(), self.start        # of the last row
         self.began = self.since - ckpt.get("seconds", 0.0)
         self.bar = tqdm(total=args.steps, initial=self.start, unit="step", disable=not self.first,
-                        dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30)
+                        mininterval=0.5 if sys.stderr.isatty() else 30)
 
     def open_data(self, ckpt):
         """The data, and which of its rows can't be used. UserError: not the checkpoint's data."""
@@ -615,21 +583,21 @@ class Run:
             self.tok = Tokenizer(ckpt["merges"])
         elif args.init:
             start, self.tok, _ = evaluation.load_run(args.init)
-        elif args.vocab.startswith("learn:"):
+        elif args.vocab.removeprefix("learn:").isdigit():
             self.tok = Tokenizer.train(self.data.texts(), int(args.vocab.removeprefix("learn:")))
         else:
             self.tok = Tokenizer.clip(args.vocab)
         torch.manual_seed(args.seed)
         model = models.CLIP(**ckpt["config"]) if ckpt else make_model(args, self.tok, start)
-        self.model = prepare(model.to(self.device), args)
+        self.model = prepare(model, args)
         self.size, self.length = model.config["image_size"], model.context_length
         self.module = ModelAndLoss(self.model, args).to(self.device)
         self.optimizer = make_optimizer(self.module, args)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.state = {"model": self.model, "head": self.module.head, "optimizer": self.optimizer,
                       "scaler": self.scaler}                 # what a checkpoint restores
-        for name, part in self.state.items():
-            if ckpt:
+        if ckpt:
+            for name, part in self.state.items():
                 part.load_state_dict(ckpt[name])
         if self.first:
             self.val = make_validation(args, self.tok, self.size, self.length)
@@ -645,19 +613,18 @@ class Run:
                             f"of each process: choose a divisor")
         return iter(torch.utils.data.DataLoader(
             batches, sampler=range(self.start, args.steps), batch_size=None, pin_memory=self.gpu,
-            num_workers=args.workers, prefetch_factor=8 if args.workers else None))
+            num_workers=args.workers))
 
     def announce(self):
-        """Write args.json, make log.csv ready, and say what is trained."""
+        """Write args.json, and say what is trained."""
         args, text = self.args, json.dumps(vars(self.args), indent=1)
         write(os.path.join(args.out, "args.json"), lambda tmp: pathlib.Path(tmp).write_text(text))
-        cut_log(os.path.join(args.out, "log.csv"), self.start)
+        if not self.start:
+            pathlib.Path(args.out, "log.csv").unlink(missing_ok=True)
         print(f"{args.loss} on {args.data} from {args.init or 'scratch'}: "
               f"{models.count(self.model):,} parameters, {len(self.data):,} pictures, vocabulary "
               f"{self.tok.vocab_size:,}, {args.steps - self.start} steps of {args.batch_size}, "
               f"{self.world} x {self.device.type}, {args.amp}; results go to {args.out}")
-        if self.bad:
-            print(f"note: {len(self.bad):,} rows can't be used: {args.out}/bad_rows.csv lists them")
         if args.warmup >= args.steps:
             print(f"note: --steps {args.steps} end inside --warmup {args.warmup}: lower it")
         report_texts(self.data, self.tok, self.length)
@@ -672,24 +639,16 @@ class Run:
         self.found = list(map(tuple, batch.pop("bad", [])))
         return {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
 
-    def autocast(self):
-        return torch.autocast(self.device.type, DTYPES.get(self.args.amp), self.args.amp != "off")
-
     def agree(self, losses):
-        """One small message a step -> {name: mean over all processes}. Was any asked to stop? Then
-        the bad rows that this step's batch met anywhere, if any."""
-        flags = torch.tensor([self.signals != [], self.found != []]).float().to(self.device)
-        numbers = torch.cat([torch.stack([x.detach().float() for x in losses.values()]), flags])
+        """All processes tell each other their losses, whether a signal asked them to stop, and
+        this step's bad rows -> {name: mean over all processes}."""
+        mine = [x.item() for x in losses.values()], bool(self.signals), self.found
+        everyone = [mine] * self.world
         if self.world > 1:
-            dist.all_reduce(numbers)
-            numbers /= self.world
-        *means, asked, found = numbers.tolist()
-        self.asked = asked > 0
-        if found and self.world > 1:
-            lists = [None] * self.world
-            dist.all_gather_object(lists, self.found)
-            self.found = sum(lists, [])
-        return dict(zip(losses, means))
+            dist.all_gather_object(everyone, mine)
+        numbers, asked, found = zip(*everyone)
+        self.asked, self.found = any(asked), sum(found, [])
+        return dict(zip(losses, torch.tensor(numbers).mean(0).tolist()))
 
     def add_bad(self, rows, good, done=0):
         """Rows (where, what, reason) that can't be used -> bad_rows.csv, each once. UserError if
@@ -750,7 +709,7 @@ def log_step(run, done, losses, f, norm, validation):
     rate = run.args.batch_size * (done - run.logged) / (now - run.since)
     run.since, run.logged = now, done
     row = {"step": done, **losses}
-    with run.autocast():
+    with run.autocast:
         scores, _ = evaluation.similarities(objective, *(f[name] for name in "vVtTM"))  # (b, b)
         if objective.local:                                  # as low: it can ignore the picture
             strangers = f | {"V": f["V"].roll(len(f["V"]) // 2, 0)}
@@ -762,9 +721,8 @@ def log_step(run, done, losses, f, norm, validation):
     row |= {"accuracy": accuracy, "grad_norm": norm, "lr": learning_rate(done - 1, run.args),
             "images_per_s": f"{rate:.0f}", "seconds": f"{now - run.began:.1f}"}
     if run.first:
-        bad = f", bad={len(run.bad)}" if run.bad else ""
         run.bar.set_postfix_str(f"loss={row['loss']:.3f}, scale={row['scale']:.1f}, "
-                                f"acc={accuracy:.0f}%, img/s={rate:.0f}{bad}")
+                                f"acc={accuracy:.0f}%, img/s={rate:.0f}, bad={len(run.bad)}")
         row |= dict.fromkeys(VALIDATION, "") | validation
         add_row(os.path.join(run.args.out, "log.csv"), row)
 
@@ -772,13 +730,13 @@ def log_step(run, done, losses, f, norm, validation):
 @torch.no_grad()
 def validate(run, done):
     """Loss (mean over batches of --batch-size) and recall of the validation pairs -> {one of
-    VALIDATION: number}, in the first process alone. log.csv's rate leaves this time out."""
+    VALIDATION: number}, in the first process. log.csv's rate leaves this time out."""
     if not run.first or not run.val:
         return {}
     start, module, losses = time.perf_counter(), run.module, []
     head = copy.deepcopy(module.head)                        # MGCA's loss changes its prototypes
     run.model.eval()
-    with run.autocast(), patch.object(objectives, "world", return_value=1):      # the others wait
+    with run.autocast, patch.object(objectives, "world", return_value=1):      # the others wait
         f = module.features({name: x.to(run.device) for name, x in run.val.items()})
         n, b = len(f["v"]), min(len(f["v"]), run.args.batch_size)
         for i in range(0, n - b + 1, b):
@@ -798,11 +756,10 @@ def open_run(args):
     last = os.path.join(args.out, "last.pt")
     try:
         os.makedirs(args.out, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-        if args.overwrite and not args.resume and os.path.exists(last):
-            os.remove(last)                                  # or a later --resume would take it
+        if args.overwrite and not args.resume:
+            pathlib.Path(last).unlink(missing_ok=True)       # or a later --resume would take it
     except OSError as e:
-        raise UserError(f"can't write in --out {args.out} ({e.strerror}): choose another") from None
+        raise UserError(f"can't write in --out {args.out} ({e.strerror}): choose another")
     if not os.path.exists(last):
         return {}
     if not args.resume:
@@ -821,25 +778,14 @@ def open_run(args):
     return ckpt
 
 
-def cut_log(path, step):
-    """Drop the rows behind step from log.csv, so that the file is that of an unbroken run."""
-    rows = []
-    if step and os.path.exists(path):
-        rows = pathlib.Path(path).read_text().splitlines(keepends=True)
-    kept = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= step]
-    write(path, lambda tmp: pathlib.Path(tmp).write_text("".join(kept)))
-
-
 def add_row(path, row):
-    """Add {column: value} to log.csv; the first row brings the header."""
-    cells = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()]
-    try:
-        with open(path, "a") as file:
-            if file.tell() == 0:
-                file.write(",".join(row) + "\n")
-            file.write(",".join(cells) + "\n")
-    except OSError as e:
-        raise UserError(f"can't write {path} ({e.strerror}): free space, then --resume") from None
+    """Put {column: value} into log.csv, in place of rows from its step on, of a killed run."""
+    lines = [",".join(row)]
+    if os.path.exists(path):
+        rows = pathlib.Path(path).read_text().splitlines()[1:]
+        lines += [line for line in rows if int(line.split(",")[0]) < row["step"]]
+    lines.append(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()))
+    write(path, lambda tmp: pathlib.Path(tmp).write_text("\n".join([*lines, ""])))
 
 
 # ------------------------------------------------------------------------------------ the command

@@ -130,7 +130,10 @@ GOOD = [f"{k}.png,a picture of thing {k}" for k in range(4)]
     ("--weight-decay -1", "--weight-decay must be at least 0"),
     ("--beta2 1", "--beta2 must lie in 0..1, below 1"),
     ("--paraphrase 3", "--paraphrase is a share, in 0..1, not 3.0"),
-    ("--vocab learn", "the number of entries is missing, as in learn:8000"),
+    ("--data t.csv --paraphrase 0.5",
+     "--paraphrase means nothing to --data t.csv: leave it out, or take --data scenes"),
+    ("--data t.csv --mismatch 0.5", "--mismatch means nothing to --data t.csv"),
+    ("--vocab learn", "learn is not CLIP's merges file .*or use --vocab learn:8000"),
     ("--loss pyramid --model RN50", "ResNet, which has no vision_layers"),
 ])
 def test_bad_options_are_one_sentence(go, words, sentence, tmp_path):
@@ -246,32 +249,34 @@ def test_equal_texts_are_no_negatives():
             rest = [j for j in range(4) if j == i or j not in partners]
             want -= logits[i, rest].log_softmax(0)[rest.index(i)] / 8
             shared -= sum(p[i, j] for j in partners) / len(partners) / 8
-    got = train.make_info_nce(ids, ids > 0, 1, True)(s, s.T)
+    got = train.mask_equal_texts(ids, ids > 0, 1)(s, s.T)
     plain = train.objectives.info_nce(s, s.T)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     assert plain.item() == pytest.approx(shared.item(), rel=1e-5) and plain > got + 0.01
     ids = ids[[0, 1, 3]]
     some = s[:3, :3], s.T[:3, :3]
-    masked = train.make_info_nce(ids, ids > 0, 1, True)(*some)
+    masked = train.mask_equal_texts(ids, ids > 0, 1)(*some)
     torch.testing.assert_close(masked, train.objectives.info_nce(*some))
 
 
 def test_texts_of_a_picture_share_its_target():
     """FILIP A.2 against a loop, with values and gradients in float64: of two pictures with three
-    texts each, every text of the own picture is a partner with probability 1/3."""
+    texts each, every text of the own picture is a partner with probability 1/3, an equal one too.
+    """
     g = torch.Generator().manual_seed(0)
     v, t = (torch.randn(n, 8, generator=g, dtype=torch.float64, requires_grad=True) for n in (2, 6))
-    ids = torch.arange(24).view(6, 4)
-    s = v.repeat_interleave(3, 0) @ t.T                                       # (6, 6)
+    ids = torch.tensor([[5], [5], [6], [7], [8], [8]])
+    s = v.repeat_interleave(3, 0) @ t.T                      # (6, 6), as in ModelAndLoss.loss
     want = 0
     for logits in (s, s.T):
         for i in range(6):
             partners = range(3 * (i // 3), 3 * (i // 3) + 3)
             want -= sum(logits[i].log_softmax(0)[j] for j in partners) / 3 / 6 / 2
-    got = train.make_info_nce(ids, ids >= 0, 3, False)(s, s.T)
-    torch.testing.assert_close(got, want)
-    grads = [torch.autograd.grad(x, (v, t), retain_graph=True) for x in (got, want)]
-    torch.testing.assert_close(*grads)
+    for info_nce in (train.objectives.info_nce, train.mask_equal_texts(ids, ids > 0, 3)):
+        got = info_nce(s, s.T)
+        torch.testing.assert_close(got, want)
+        grads = [torch.autograd.grad(x, (v, t), retain_graph=True) for x in (got, want)]
+        torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("loss", [name for name in train.OBJECTIVES if name != "pyramid"])
@@ -953,22 +958,38 @@ TORCHRUN = dict(RANK="3", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="here", MA
 
 
 @pytest.mark.parametrize("variables, found", [
-    ({}, (0, 1, 0)), ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0)), (TORCHRUN, (3, 8, 1)),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, "no LOCAL_RANK, no MASTER_ADDR"),
+    ({}, (0, 1, "cuda:0")), ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, "cuda:0")),
+    (TORCHRUN, (3, 8, "cuda:1")),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK=None, MASTER_ADDR=None.*MASTER_ADDR expected"),
     ({"RANK": "1"}, "RANK='1'"), ({"RANK": ""}, "RANK=''"),
     ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
     (TORCHRUN | {"RANK": "8"}, "RANK='8'"), (TORCHRUN | {"MASTER_PORT": ""}, "MASTER_PORT=''"),
     ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'")])
-def test_launcher(monkeypatch, variables, found):
+def test_what_torchrun_says(monkeypatch, variables, found):
+    """Rank, number of processes and GPU; or one sentence, on a CPU too, before anything waits."""
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    if isinstance(found, tuple):
-        assert train.launcher() == found
-    else:
-        with pytest.raises(train.BadData, match=f"{found}.*start with `torchrun"):
-            train.launcher()
+    if isinstance(found, str):
+        with pytest.raises(train.BadData, match=f"{found}.*start with `torchrun") as e:
+            train.start_processes(argparse.Namespace(device="cpu"))
+        assert "\n" not in str(e.value)
+        return
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend: None)
+    rank, world, device = train.start_processes(argparse.Namespace(device="cuda"))
+    assert (rank, world, str(device)) == found
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch):
+    def refuse(number):
+        raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be")
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(train.BadData, match="LOCAL_RANK='1'.*invalid device ordinal.*torchrun"):
+        train.start_processes(argparse.Namespace(device="cuda"))
 
 
 @pytest.mark.parametrize("variables", [{"RANK": "0", "WORLD_SIZE": "2"}, {"WORLD_SIZE": ""},
