@@ -4,49 +4,46 @@
     python eval.py runs/sparc runs/clip --data photos/test.csv    # real pictures, side by side
     python eval.py runs/clip-0 runs/clip-1 runs/clip-2 --markdown # mean and deviation over seeds
     python eval.py ViT-B-32.pt --data pets/ --prompts OxfordPets  # OpenAI's weights, class folders
-    python eval.py cost                           # a step at full size, beside the papers' tables
+    python eval.py runs/sparc --data VOCdevkit/VOC2012            # masks in Pascal VOC's layout
+    python eval.py cost                           # a step at full size, beside SPARC's Table 12
 
-Covers: FILIP 3.1.2 (similarities averaged over prompts), 4.2, 4.3, Tables 5, 11; SPARC 4.2 to 4.4,
-4.5's segmentation (D.7), Tables 7, 12; of its D.5 the formula of the prompts (eq. 9) alone.
+Covers: FILIP 3.1.2 (similarities averaged over prompts), 4.2, 4.3, Tables 11, 12; PyramidCLIP's
+linear probe, Tables 4, 11; SPARC 4.2 to 4.4, 4.5's segmentation (D.7), Tables 7, 12, D.5's eq. 9.
 
 Percentages, except local losses (nats) and the cost: steps, milliseconds a step (with validation),
 the most memory in MB. "n": the number of values of each mean; "interval": the middle 95% of its
 bootstrap over test pictures. A tie counts against the model.
-- retrieval. R@k: the true partner is among the k best. A picture may find any of its captions, a
-  caption its picture. Equal texts count as one, which may find any of their pictures.
-- classification. Top-1 of 8 shapes and 8 colours, on scenes of one object, by two prompts; _one: by
-  one; _it: by four that say "it". Of class folders: class (top-1), top5, per_class (the mean of the
-  classes' top-1), by all of --prompts; _one_prompt: by the first alone.
-- segmentation. Each patch takes the closest text, an object's or the background's. miou: mean over
-  objects, in pixels. patch_acc: patches on an object. miou_objects: without the background's text.
-  miou_threshold: the same, but patches that no object exceeds are background (see foreground), by
-  a threshold that is best on validation scenes.
+- retrieval. R@k: a true partner is among the k best. Equal texts are one, of all their pictures.
+- classification. Top-1 of 8 shapes and 8 colours on scenes of one object, by two prompts; _one: by
+  one; _it: by four that say "it". Of class folders: class_accuracy; _one_prompt: by the first.
+- probe. Top-1 of linear_probe, fitted on 2 n training scenes; on 4/5 of the pictures of folders.
+- segmentation. Each patch takes the closest text. miou: mean over objects. miou_objects: without a
+  text for the background. miou_threshold: the same, but patches that no object exceeds are
+  background, by a threshold that is best on validation scenes. patch_acc: patches on objects. Of
+  masks: an object is a class in one picture; _summed: a class in all pictures, VOC's usual way.
 - alignment. colour_word_acc, shape_word_acc: a word's best patch lies on the object that it names,
   which covers a quarter of it or more (chance: a random patch). patch_word_acc: the best word of a
-  patch on an object names that object. drop_k2 to drop_k4: how far a token's k-th highest weight on
-  the patches is below the highest. local_gap: the local loss (SPARC's, MGCA's CTA) of shuffled
-  pictures minus that of the right ones; near 0 it ignores the picture.
-- faithfulness. k_p: words of the best caption that the picture's own captions have; k_pna: of its
-  nouns and adjectives (on files by a rule: content_words).
-- composition. swap_acc: the caption scores above that with two colours exchanged (chance 50).
-  unseen_: of scenes with a pair of colour and shape that training never shows. count_acc: the text
-  of 1 to 4 objects fits the picture best (chance 25).
+  patch on an object names it. drop_k2 to drop_k4: weight_drops. local_gap: the local loss (SPARC's,
+  MGCA's CTA) of shuffled pictures minus the right ones'; near 0 it ignores the picture.
+- faithfulness. k_precision of all words (k_p), of nouns and adjectives (k_pna; on files by a rule).
+- composition. swap_acc: the caption scores above that with two colours exchanged. unseen_: scenes
+  with a colour and shape never trained together. count_acc: the text of the right number, 1 to 4.
 
-Differs from the papers: segmentation's classes are whole phrases ("a small red star") and IoU is
-averaged over objects. D.7 counts foreground classes alone, as miou_objects does; the background's
-text ("on sand") and threshold are ours. Prompts are phrases of the scenes' captions. Where Table 11
-says "a (many)" or "perfume/fragrance", both are taken. FILIP is scored and segmented by late
-interaction; PACL pools the patches for each text. All others, CLIP+FILIP too (as in SPARC's Tables
-9 and 10), go by their global embeddings.
+Differs from the papers: scenes' prompts and classes are phrases of their captions. SPARC names no
+background: its text ("on sand", of masks "background") and the threshold are ours; miou_objects
+counts the foreground classes of each picture (4.5, D.7). Where Table 11 says "a (many)" or
+"perfume/fragrance", both are taken. CLIP+FILIP goes by its global embeddings (SPARC's Table 9).
 """
 import argparse, collections, contextlib, csv, functools, hashlib, itertools, json, math, os
 import pathlib, re, statistics, sys
 import numpy as np
 import regex
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
-from data import COLOURS, SHAPES, BadRow, Scenes, Tokenizer, center_crop, filip_prompts, normalize
-from data import join, open_dataset, read_bytes, split_lines, start_image, to_tensor, word_tokens
+from data import COLOURS, SHAPES, BadRow, Scenes, Tokenizer, center_crop, filip_prompts, join
+from data import normalize, open_dataset, open_image, read_bytes, split_lines, start_image
+from data import to_tensor, word_tokens
 from losses import DTYPES, OBJECTIVES, gloria_attention, late_blocks, sparc_alignment, unit
 from model import CLIP, DEVICES, UserError, clean, openai_model, pick_device, read_weights, write
 
@@ -60,8 +57,8 @@ def sparc_prompts(label, prefixes, suffixes=("",)):
 # ------------------------------------------------------------------------------------ bad rows
 def count_faults(rows):
     """Rows (where, what, reason) -> [(kind of fault, how many)], the most frequent first."""
-    kinds = [reason.replace(what or " ", "PICTURE").split(" (")[0] for _, what, reason in rows]
-    return collections.Counter(kinds).most_common()
+    kinds = [reason.replace(what, "PICTURE") if what else reason for _, what, reason in rows]
+    return collections.Counter(kind.split(" (")[0] for kind in kinds).most_common()
 
 
 def list_faults(path, rows, columns=("where", "what", "reason")):
@@ -72,34 +69,23 @@ def list_faults(path, rows, columns=("where", "what", "reason")):
     write(path, save)
 
 
-def inspect(pairs, i):
-    """What `check` reads of picture i: (width, height, hash of the file), or a BadRow."""
-    try:
-        pairs.open(i, 64)
-        content = pairs.read(i)
-        return *start_image(content).size, hashlib.sha256(content).hexdigest()
-    except BadRow as e:
-        return e
-
-
 def check(path, images, out):
     """`python data.py check`: read all of a path, print what is there, list bad rows in `out`."""
-    pairs = open_dataset(path, images=images)
-    reading = torch.utils.data.DataLoader(range(len(pairs)), None, num_workers=os.cpu_count(),
-                                          collate_fn=functools.partial(inspect, pairs))
-    found = list(tqdm(reading, unit=" pictures", disable=None))
-    texts = flat(own for x, own in zip(found, pairs.captions) if not isinstance(x, BadRow))
-    good = [x for x in found if not isinstance(x, BadRow)]
-    bad = [x.args for x in pairs.bad + found if isinstance(x, BadRow)]
-    print(f"{len(good):,} pictures with {len(texts):,} captions can be used; {len(bad):,} faults")
+    pairs, found = open_dataset(path, images=images), {}  # number -> width, height, hash
+    for i, _ in tqdm(pairs.good(64), total=len(pairs), unit=" pictures", disable=None):
+        content = pairs.read(i)
+        found[i] = *start_image(content).size, hashlib.sha256(content).hexdigest()
+    texts, bad = flat(pairs.captions[i] for i in found), [e.args for e in pairs.bad]
+    print(f"{len(found):,} pictures with {len(texts):,} captions can be used; {len(bad):,} faults")
     for kind, n in count_faults(bad):
         print(f"  {n:8,}  {kind}")
-    widths, heights, hashes = zip(*good) if good else ([0], [0], [])
-    lengths = [*map(len, texts)] or [0]
-    for name, n in ("width", widths), ("height", heights), ("characters", lengths):
-        print(f"{name:13} {min(n)} to {max(n)}, middle {statistics.median_high(n)}")
-    for name, items in (("pictures", hashes), ("captions", texts)):
-        print(f"{name:13} {len(items) - len(set(items)):,} of {len(items):,} repeat an earlier one")
+    if found:
+        widths, heights, hashes = zip(*found.values())
+        for name, n in ("width", widths), ("height", heights), ("characters", [*map(len, texts)]):
+            print(f"{name:13} {min(n)} to {max(n)}, middle {statistics.median_high(n)}")
+        for name, items in ("pictures", hashes), ("captions", texts):
+            repeated = len(items) - len(set(items))
+            print(f"{name:13} {repeated:,} of {len(items):,} repeat an earlier one")
     list_faults(out, bad)
     print(f"listed in {out}")
 
@@ -113,9 +99,8 @@ FOREIGN = set(
 
 
 def break_rules(text, times, sides, min_side):
-    """FILIP's rules of cleaning (3.3) -> {rule: does a caption break it?}. times: how often it is
-    there. Not in English: most of its letters are not a to z, or two words and a third of all are
-    FOREIGN; nothing tells the language of a few Latin letters."""
+    """FILIP's rules of cleaning (3.3) -> {rule: does a caption, there so often, break it?}. Not in
+    English: most letters are not a to z, or two words and a third of all are FOREIGN."""
     letters, words = regex.findall(r"\p{L}", text), regex.findall(r"\w+", text.lower())
     foreign = sum(word in FOREIGN for word in words)
     return {"of pictures that can't be read (see data.py check)": not max(sides),
@@ -154,7 +139,6 @@ def clean_table(path, out, images, min_side):
 
 
 # ------------------------------------------------------------------- class folders and prompts
-PROMPT = "a photo of a {}."
 # FILIP's Table 11, by Table 1's names: prefixes / category descriptions / suffixes
 TABLE_11 = """
 CIFAR10: a photo of a|a jpeg photo of a|a painting of a|itap of a|graffiti of a|a cartoon|a doodle//
@@ -193,16 +177,25 @@ TABLE_11 = dict(line.split(": ") for line in TABLE_11)
 
 
 def read_prompts(given, classes):
-    """A template with {}, a file of templates, or a name of TABLE_11 -> [templates]. UserError."""
-    if not classes and given != PROMPT:
-        raise UserError("--prompts is for a folder of class folders, and --data is something else")
+    """--prompts: a template with {}, a file of them or a name of TABLE_11 -> [templates]. classes:
+    {} is a class's name; or else a caption, of one template. UserError."""
+    given = given or ("a photo of a {}." if classes else "{}")
     if given in TABLE_11:
-        return filip_prompts("{}", *(part.split("|") for part in TABLE_11[given].split("/")))
-    templates = split_lines(read_bytes(given)) if os.path.isfile(given) else [given]
-    if not templates or any("{}" not in template for template in templates):
-        raise UserError(f"--prompts {given}: give a template with {{}} for a class's name, a file "
-                        f"with such a template in each line, or one of {', '.join(TABLE_11)}")
+        templates = filip_prompts("{}", *(part.split("|") for part in TABLE_11[given].split("/")))
+    else:
+        templates = split_lines(read_bytes(given)) if os.path.isfile(given) else [given]
+    several = len(templates) > 1 and not classes
+    if several or not templates or any("{}" not in template for template in templates):
+        raise UserError(f"--prompts {given}: give a template with {{}} for a caption or a class's "
+                        f"name; for class folders also a file with such a template in each line, "
+                        f"or one of {', '.join(TABLE_11)}")
     return templates
+
+
+def encode_prompts(model, tok, names, prompts):
+    """For each class's name t (n,D), T (n,L,D), M (n,L) of n prompts, templates with {}."""
+    texts = ([prompt.replace("{}", name) for prompt in prompts] for name in names)
+    return (encode_texts(model, tok, of_class) for of_class in texts)
 
 
 def class_names(data):
@@ -223,24 +216,25 @@ def class_names(data):
 
 
 def folder_classes(objective, model, tok, data, pictures, v, V, prompts):
-    """class_accuracy of these pictures of class folders -> {name: (per cent, how many)}."""
-    names = class_names(data)
-    kinds, out = list(dict.fromkeys(names)), {}  # folders of one name are one class
+    """Pictures of class folders, by number -> classification {name: (per cent, how many)} by all
+    prompts and by the first; probe {"class": [[hit], ...]}, fitted on four fifths of them."""
+    names, zero_shot, probe = class_names(data), {}, {}
+    kinds = list(dict.fromkeys(names))  # folders of one name are one class
     label = torch.tensor([kinds.index(names[data.label(i)]) for i in pictures])
-    ways = [("", prompts), ("_one_prompt", prompts[:1])]
+    ways = ("", prompts), ("_one_prompt", prompts[:1])
     for way, some in ways[:len(prompts)]:  # one prompt, one way
-        texts = ([prompt.replace("{}", kind) for prompt in some] for kind in kinds)
-        classes = (encode_texts(model, tok, of_class) for of_class in texts)
-        found = class_accuracy(classify(objective, v, V, classes).cpu(), label)
-        out |= {name + way: (x, len(v)) for name, x in found.items()}
-    return dict(sorted(out.items()))
+        scores = classify(objective, v, V, encode_prompts(model, tok, kinds, some)).cpu()
+        for name, x in class_accuracy(scores, label).items():
+            zero_shot[name + way] = x, len(v)
+    if label.unique(return_counts=True)[1].min() > 1:
+        test = label.argsort(stable=True).argsort() % 5 == 0  # every fifth, in the classes' order
+        probe["class"] = linear_probe(objective, v, V, label, test)
+    else:
+        print("note: there is no linear probe, because a class has one picture alone")
+    return {"classification": dict(sorted(zero_shot.items())), "probe": probe}
 
 
 # -------------------------------------------------------------------------- runs and features
-def first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:100]
-
-
 def place(run, name):
     """Where a result goes: into a run folder, or beside a file of weights, named after it."""
     if os.path.isfile(run):
@@ -252,8 +246,7 @@ def read_checkpoint(path):
     """A run folder, last.pt or OpenAI CLIP's weights -> a checkpoint of train.py. Or UserError."""
     file = path if os.path.isfile(path) else os.path.join(path, "last.pt")
     if not os.path.isfile(file):
-        raise UserError(f"there is no checkpoint {file}, and no file of weights {path}: train one "
-                        f"with `torchrun train.py --out {path}`")
+        raise UserError(f"there is no checkpoint {file}: train one, `train.py --out {path}`")
     try:
         ckpt = read_weights(file)
         if "visual.conv1.weight" in ckpt:
@@ -267,7 +260,7 @@ def read_checkpoint(path):
         return ckpt
     except Exception as e:  # torch raises many kinds on a damaged file
         raise UserError(f"{file} can't be read as a checkpoint or as OpenAI CLIP's weights "
-                        f"({first_line(e)}); train again or take a copy") from None
+                        f"({e!r:.100}); train again or take a copy") from None
 
 
 def load_run(folder, device="cpu"):
@@ -280,7 +273,7 @@ def load_run(folder, device="cpu"):
         model.load_state_dict(ckpt["model"])
         head.load_state_dict(ckpt["head"])
     except (TypeError, KeyError, RuntimeError) as e:
-        raise UserError(f"{folder} is of another model.py ({first_line(e)}): train again") from None
+        raise UserError(f"{folder} is of another model.py ({e!r:.100}): train again") from None
     tok = Tokenizer.clip(weights=folder) if merges is None else Tokenizer(merges)
     if tok.vocab_size != config["vocab_size"]:
         raise UserError(f"{folder} has {config['vocab_size']:,} tokens, CLIP's published vocabulary"
@@ -377,13 +370,12 @@ def retrieval(s_i2t, s_t2i, owner, number=None):
     s_i2t, s_t2i (B,C) similarities; owner (C,) the picture of each text; number (C,) below C: equal
     texts have the same. They count as one, of all their pictures."""
     hits = retrieval_hits(s_i2t, s_t2i, owner, number)
-    return {key: percent(flat(rows)) for key, rows in hits.items()}
+    return {key: 100 * sum(map(sum, rows)) / sum(map(len, rows)) for key, rows in hits.items()}
 
 
 def k_precision(s_i2t, words, own):
-    """The share of words of a picture's best text that its own texts have -> [[share] of each
-    picture], of texts that tie the mean. SPARC 4.4, Table 2. s_i2t (B,C); words: a list for each
-    text; own: a set for each picture."""
+    """Of a picture's best text, the share of words that its own texts have -> [[share] of each
+    picture]; ties: the mean. SPARC 4.4, Table 2. s_i2t (B,C); words: C lists; own: B sets."""
     rows = []
     for s, known in zip(s_i2t, own):
         best = (~(s < s.max())).nonzero()[:, 0].tolist()  # with a NaN all texts tie
@@ -395,7 +387,8 @@ def k_precision(s_i2t, words, own):
 def classify(objective, v, V, classes):
     """Similarity of pictures and classes -> (B,K). FILIP 3.1.2, Table 1; SPARC 4.2, Table 1.
     v (B,D), V (B,P,D); classes: for each class its n prompts, t (n,D), T (n,L,D), M (n,L).
-    CLIP averages the prompts' unit vectors; FILIP and PACL, which train no v, similarities."""
+    CLIP averages the prompts' unit vectors; FILIP and PACL, which train no v, similarities.
+    To segment a picture V (P,D), each patch alone is one: v = V, V[:, None]. SPARC 4.5, Table 4."""
     scores = []
     for t, T, M in classes:
         if objective.trains_v:
@@ -416,12 +409,6 @@ def class_accuracy(scores, label):
     return {name: 100 * x.sum().item() / len(x) for name, x in found.items()}
 
 
-def patch_scores(objective, V, t, T, M):
-    """How well each text fits a picture of each patch alone -> (P,C): the best is its class. SPARC
-    4.5, Table 4. V (P,D) of one picture; a text for each class: t (C,D), T (C,L,D), M (C,L)."""
-    return similarities(objective, V, V[:, None], t, T, M)[0]
-
-
 def foreground(scores, threshold):
     """Class of each patch -> (P,). It is C, the background, where no score (P,C), scaled to 0..1
     over the patches of the picture, reaches the threshold."""
@@ -430,13 +417,20 @@ def foreground(scores, threshold):
     return label.masked_fill(~(best >= threshold), scores.shape[1])  # also if all are equal
 
 
-def object_ious(label, masks):
-    """Intersection over union, in pixels, of each object -> (N,). Their mean is miou.
-    label (P,) class of each patch of a square grid; masks (N,H,W) bool: object n is class n."""
+def object_pixels(label, masks, valid=True):
+    """Pixels (3,N) of each object: found and its own, found or its own, its own. label (P,): class
+    of patches, a square grid; masks (N,H,W) bool: object n is class n; valid (H,W) bool: count."""
     grid, (H, W) = math.isqrt(len(label)), masks.shape[1:]
     y, x = torch.arange(H) * grid // H, torch.arange(W) * grid // W  # the patch of each pixel
     found = label.view(grid, grid)[y][:, x] == torch.arange(len(masks))[:, None, None]  # (N, H, W)
-    return (found & masks).sum((1, 2)) / (found | masks).sum((1, 2))
+    found &= valid
+    return torch.stack([x.count_nonzero((1, 2)) for x in (found & masks, found | masks, masks)])
+
+
+def object_ious(pixels):
+    """Intersection over union of objects that are there, from pixels (3,N). The mean is miou."""
+    both, either, _ = pixels[:, pixels[2] > 0]
+    return both / either
 
 
 def patch_coverage(masks, grid):
@@ -499,13 +493,31 @@ def local_gap(objective, head, options, scale, v, V, t, T, M):
     return {"local": matched, "local_shuffled": shuffled, "local_gap": shuffled - matched}
 
 
-def group_hits(objective, v, V, t, T, M, pictures, texts):
-    """Of each so many pictures and texts, of which the first are theirs, in their order: does a
-    picture's own text score above all others? v (n,D), V (n,P,D), t, T, M -> [[hit] of a group]"""
-    groups = zip(v.split(pictures), V.split(pictures), *(x.split(texts) for x in (t, T, M)))
-    s = torch.stack([objective.score(*group)[0] for group in groups])  # (groups, pictures, texts)
-    below = s < s.diagonal(dim1=1, dim2=2)[..., None]
-    return (below.sum(2) == texts - 1).tolist()
+def fit_logistic(x, y, C):
+    """x (N,D), y (N,) -> W (D,K) of the least C * sum of cross-entropies + |W|^2 / 2, by L-BFGS."""
+    W = x.new_zeros(x.shape[1], int(y.max()) + 1).requires_grad_()
+    fit = torch.optim.LBFGS([W], max_iter=1000, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+
+    def loss():
+        fit.zero_grad()
+        out = F.cross_entropy(x @ W, y) + W.square().sum() / (2 * C * len(x))
+        out.backward()
+        return out
+    fit.step(loss)
+    return W.detach()
+
+
+def linear_probe(objective, v, V, y, test):
+    """Logistic regression of classes y (N,) on frozen features v (N,D), V (N,P,D) -> [[hit], ...]
+    where test (N,) bool. A fifth of the rest chooses the strength C. PyramidCLIP Tables 4, 11."""
+    x = v if objective.trains_v else V.mean(1)
+    x = F.pad(unit(x.cpu().double()), (0, 1), value=1.0)  # with a 1 for the biases
+    known = (~test).nonzero()[:, 0]
+    val, fit = known[::5], known[torch.arange(len(known)) % 5 > 0]
+    right = {C: ((x[val] @ fit_logistic(x[fit], y[fit], C)).argmax(1) == y[val]).sum()
+             for C in (0.1, 1, 10, 100, 1000, 10000)}
+    W = fit_logistic(x[known], y[known], max(right, key=right.get))
+    return ((x[test] @ W).argmax(1) == y[test])[:, None].tolist()
 
 
 def interval(rows):
@@ -519,55 +531,62 @@ def interval(rows):
 
 
 # ----------------------------------------------------------------------- the metrics on scenes
-def percent(hits):
-    return 100 * sum(hits) / max(1, len(hits))
-
-
 def flat(rows):
     return [x for row in rows for x in row]
 
 
 def report(measured):
     """{group: {key: rows, see interval, or (number, n)}} -> {group: {key: number}}, n, interval."""
-    out, n, intervals = {}, {}, {}
+    out, n, intervals = collections.defaultdict(dict), {}, {}
     for group, found in measured.items():
         for key, rows in found.items():
             name = f"{group} {key}"
             if not isinstance(rows, tuple):
-                intervals[name] = interval(rows)
-                rows = percent(flat(rows)), len(flat(rows))
-            out.setdefault(group, {})[key], n[name] = rows
+                intervals[name], values = interval(rows), flat(rows)
+                rows = 100 * sum(values) / max(1, len(values)), len(values)
+            out[group][key], n[name] = rows
     return out | {"n": n, "interval": intervals}
 
 
 def scene_classes(objective, model, tok, n):
-    """Zero-shot shape and colour of n scenes of one object: by one prompt, by two, by four."""
-    scenes, rows = Scenes(n, 0, model.config["image_size"], "test", (1, 1), unique=False), {}
-    specs = [scenes.spec(i) for i in range(n)]
-    v, V = encode_images(model, [scenes.draw(spec) for spec in specs])
+    """Shape and colour of n scenes of one object -> rows of zero-shot classification by one, two,
+    four prompts; rows of a linear probe that is fitted on 2 n training scenes."""
+    images, things, zero_shot, probe = [], [], {}, {}
+    for count, split in ((n, "test"), (2 * n, "train")):
+        scenes = Scenes(count, 0, model.config["image_size"], split, (1, 1), unique=False, family=1)
+        specs = [scenes.spec(i) for i in range(count)]
+        images += [scenes.draw(spec) for spec in specs]
+        things += [spec["things"][0] for spec in specs]
+    v, V = encode_images(model, images)
     small, likes = ["a small"], ["I like it", "I hate it"]  # beside "a"
     ways = {"_one": ([], [""]), "": (small, [""]), "_it": (small, likes)}  # prefixes, suffixes
     for kind, names, noun in (("shape", SHAPES, ""), ("colour", list(COLOURS), " thing")):
-        label = torch.tensor([names.index(getattr(s["things"][0], kind)) for s in specs])
+        label = torch.tensor([names.index(getattr(thing, kind)) for thing in things])
         an = {x: "an" if x[0] in "aeiou" else "a" for x in names}
         for way, (prefixes, suffixes) in ways.items():
             texts = [sparc_prompts(x + noun, [an[x], *prefixes], suffixes) for x in names]
-            scores = classify(objective, v, V, [encode_texts(model, tok, some) for some in texts])
-            rows[kind + way] = (scores.argmax(1).cpu() == label)[:, None].tolist()
-    return rows
+            classes = [encode_texts(model, tok, some) for some in texts]
+            best = classify(objective, v[:n], V[:n], classes).argmax(1).cpu()
+            zero_shot[kind + way] = (best == label[:n])[:, None].tolist()
+        probe[kind] = linear_probe(objective, v, V, label, torch.arange(3 * n) < n)
+    return zero_shot, probe
+
+
+def segmentation_patches(objective, model, images):
+    """Pictures -> V (B,P,D), through h_v (SPARC D.7) where v or the patches have trained it."""
+    through_h = objective.trains_v or model.patches_through_h
+    return encode_images(model, images, patches_through_h=through_h)[1]
 
 
 def scene_patches(objective, model, tok, scenes):
-    """-> for each scene patch_scores (P,N+1) of N objects' and the background's texts, masks. SPARC
-    D.7 sends patches through h_v; it is left out where neither v nor patches have trained it."""
-    images, through_h = [s["image"] for s in scenes], objective.trains_v or model.patches_through_h
-    V = encode_images(model, images, patches_through_h=through_h)[1]
+    """-> for each scene scores (P,N+1) of N objects' and the background's texts, masks (N,H,W)."""
+    V = segmentation_patches(objective, model, [s["image"] for s in scenes])
     texts = [[*(join(Scenes.phrase(thing, 0)) for thing in s["things"]), f"on {s['background']}"]
              for s in scenes]
-    encoded = encode_texts(model, tok, flat(texts))
-    by_scene = zip(*(x.split([*map(len, texts)]) for x in encoded))
-    for s, patches, own in zip(scenes, V, by_scene):
-        yield patch_scores(objective, patches, *own).cpu(), torch.from_numpy(s["masks"])
+    classes = zip(*(x.split(1) for x in encode_texts(model, tok, flat(texts))))  # of one prompt
+    for s, patches, own in zip(scenes, V, texts):
+        scores = classify(objective, patches, patches[:, None], itertools.islice(classes, len(own)))
+        yield scores.cpu(), torch.from_numpy(s["masks"])
 
 
 def scene_segmentation(objective, model, tok, scenes, val):
@@ -575,15 +594,15 @@ def scene_segmentation(objective, model, tok, scenes, val):
     known = list(scene_patches(objective, model, tok, val))
 
     def mean_iou(threshold):
-        return torch.cat([object_ious(foreground(scores[:, :-1], threshold), masks)
+        return torch.cat([object_ious(object_pixels(foreground(scores[:, :-1], threshold), masks))
                           for scores, masks in known]).mean()
     threshold = max((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), key=mean_iou)
-    rows = {"miou": [], "miou_objects": [], "miou_threshold": [], "patch_acc": []}
+    rows = collections.defaultdict(list)
     for scores, masks in scene_patches(objective, model, tok, scenes):
-        objects, label = scores[:, :-1], scores.argmax(1)
-        rows["miou"].append(object_ious(label, masks).tolist())
-        rows["miou_objects"].append(object_ious(objects.argmax(1), masks).tolist())
-        rows["miou_threshold"].append(object_ious(foreground(objects, threshold), masks).tolist())
+        label, objects = scores.argmax(1), scores[:, :-1]
+        for key, found in (("miou", label), ("miou_objects", objects.argmax(1)),
+                           ("miou_threshold", foreground(objects, threshold))):
+            rows[key].append(object_ious(object_pixels(found, masks)).tolist())
         cover = patch_coverage(masks, model.visual.grid)
         rows["patch_acc"].append(patch_hits(label, cover).tolist())
     return rows
@@ -622,26 +641,29 @@ def drop_rows(args, V, T, M, owner, texts=500):
 
 def scene_pairs(objective, model, tok, scenes):
     """Scenes -> features v, V, t, T, M; similarities (B,C); {R@k: rows}; [[hit] of each swap]."""
-    images = encode_images(model, [s["image"] for s in scenes])
-    features = *images, *encode_texts(model, tok, [s["caption"] for s in scenes])
-    both = similarities(objective, *features)
-    recalls = retrieval_hits(*both, torch.arange(len(scenes), device=both[0].device))
-    some = [i for i, s in enumerate(scenes) if s["swapped"]]
-    texts = flat((scenes[i]["caption"], scenes[i]["swapped"]) for i in some)
-    v, V = (x[some] for x in images)
-    swaps = group_hits(objective, v, V, *encode_texts(model, tok, texts), 1, 2)
-    return features, both[0], recalls, swaps
+    n, some = len(scenes), [i for i, s in enumerate(scenes) if s["swapped"]]
+    texts = [s["caption"] for s in scenes] + [scenes[i]["swapped"] for i in some]
+    v, V = encode_images(model, [s["image"] for s in scenes])
+    encoded = encode_texts(model, tok, texts)
+    s_i2t, s_t2i = similarities(objective, v, V, *encoded)  # (n, n + swapped)
+    recalls = retrieval_hits(s_i2t[:, :n], s_t2i[:, :n], torch.arange(n, device=v.device))
+    swaps = s_i2t.diagonal()[some] > s_i2t[some, n:].diagonal()
+    return (v, V, *(x[:n] for x in encoded)), s_i2t[:, :n], recalls, swaps[:, None].tolist()
 
 
 def scene_counts(objective, model, tok, n):
-    """Pictures of a scene's first 1 to 4 things, texts that name them -> [[4 hits] of a scene]."""
+    """Which text, of a scene's first 1, 2, 3 or 4 things, fits best? -> [[4 hits] of a scene]."""
     scenes = Scenes(n // 4, 0, model.config["image_size"], "test", (4, 4), unique=False)
     specs = [spec | {"things": spec["things"][:k]}
              for spec in map(scenes.spec, range(n // 4)) for k in (1, 2, 3, 4)]
     texts = [" and ".join(join(scenes.phrase(thing, 0)) for thing in spec["things"])
              for spec in specs]
     images = encode_images(model, [scenes.draw(spec) for spec in specs])
-    return group_hits(objective, *images, *encode_texts(model, tok, texts), 4, 4)
+    rows = []
+    for features in zip(*(x.split(4) for x in (*images, *encode_texts(model, tok, texts)))):
+        s = objective.score(*features)[0]  # (4, 4)
+        rows.append(((s < s.diag()[:, None]).sum(1) == 3).tolist())
+    return rows
 
 
 def on_scenes(model, tok, args, n=1000):
@@ -653,8 +675,8 @@ def on_scenes(model, tok, args, n=1000):
     words = [[word.text for word in s["words"]] for s in scenes]
     telling = [[word.text for word in s["words"] if word.kind] for s in scenes]
     own, val = list(map(set, words)), list(Scenes(min(n, 300), 0, size, "val"))
-    out = {"retrieval": recalls,
-           "classification": scene_classes(objective, model, tok, n),
+    zero_shot, probe = scene_classes(objective, model, tok, n)
+    out = {"retrieval": recalls, "classification": zero_shot, "probe": probe,
            "segmentation": scene_segmentation(objective, model, tok, scenes, val),
            "alignment": scene_alignment(objective, tok, scenes, model.visual.grid, V, T, M),
            "faithfulness": {"k_p": k_precision(s_i2t, words, own),
@@ -668,19 +690,6 @@ def on_scenes(model, tok, args, n=1000):
         gap = local_gap(objective, args.head, options, scale, v, V, t, T, M)
         out["alignment"] |= {key: (x, n) for key, x in gap.items()}
     return report(out)
-
-
-def encode_pairs(model, tok, data, progress=True):
-    """Pairs -> v, V, t, T, M of good pictures, their numbers; the bad go to data.bad. UserError."""
-    features, numbers, good = [], [], data.good(model.config["image_size"])
-    good = iter(tqdm(good, "pictures", len(data), disable=not progress, leave=False))
-    while some := list(itertools.islice(good, 100)):
-        numbers += [i for i, _ in some]
-        features.append(encode_images(model, [image for _, image in some]))
-    if not features:
-        raise UserError(f"no picture can be read; the first: {data.bad[0]}")
-    texts = encode_texts(model, tok, flat(data.captions[i] for i in numbers))
-    return *map(torch.cat, zip(*features)), *texts, numbers
 
 
 FUNCTION_WORDS = set(
@@ -697,52 +706,53 @@ def content_words(words):
             and not w.endswith(("ing", "ly"))]
 
 
-def pair_features(model, tok, data, file=None, progress=True):
-    """What encode_pairs gives, read from an .npz file if it is there, or else kept in it."""
-    if not file:
-        return encode_pairs(model, tok, data, progress)
+def pair_features(model, tok, data, template, file, progress):
+    """Pairs -> v, V, t, T, M of good pictures and of their captions, put into the template; their
+    numbers. The bad go to data.bad. From a file if it is there, or else kept in it. UserError."""
     sums = [x.double().sum().item() for x in model.state_dict().values()]
-    mark = f"{data.fingerprint()} {sums}"  # of this data and this model
-    if os.path.exists(file):
+    mark = f"{data.fingerprint()} {sums} {template}"  # of this data, this model
+    if file and os.path.exists(file):
         try:
-            saved = dict(np.load(file))
-        except Exception as e:  # numpy raises many kinds on a damaged file
-            raise UserError(f"can't read --features {file} ({first_line(e)}): delete it") from None
-        if str(saved.get("mark")) != mark:
-            raise UserError(f"--features {file} is of another model or other data: name another")
+            saved = torch.load(file, model.logit_scale.device, weights_only=True)
+            if saved["mark"] != mark:
+                raise ValueError("it is of another model or other data")
+        except Exception as e:  # torch raises many kinds on a damaged file
+            raise UserError(f"can't use --features {file} ({e!r:.100}): name another") from None
         data.bad = [BadRow(*row) for row in saved["bad"]]
-        found = [torch.from_numpy(saved[name]).to(model.logit_scale.device) for name in "vVtTM"]
-        return *found, saved["numbers"].tolist()
-    found = encode_pairs(model, tok, data, progress)
-    arrays = {name: x.cpu() for name, x in zip("vVtTM", found)}
-    bad = [e.args for e in data.bad]
-
-    def save(path):
-        with open(path, "wb") as f:  # to a name savez would add .npz
-            np.savez(f, mark=mark, numbers=found[-1], bad=bad, **arrays)
-    write(file, save)
+        return saved["found"]
+    images, numbers, good = [], [], data.good(model.config["image_size"])
+    good = iter(tqdm(good, "pictures", len(data), disable=not progress, leave=False))
+    while some := list(itertools.islice(good, 100)):
+        numbers += [i for i, _ in some]
+        images.append(encode_images(model, [image for _, image in some]))
+    if not images:
+        raise UserError(f"no picture can be read; the first: {data.bad[0]}")
+    texts = [template.replace("{}", text) for i in numbers for text in data.captions[i]]
+    found = *map(torch.cat, zip(*images)), *encode_texts(model, tok, texts), numbers
+    if file:
+        saved = {"mark": mark, "found": found, "bad": [e.args for e in data.bad]}
+        write(file, functools.partial(torch.save, saved))
     return found
 
 
-def on_pairs(model, tok, args, data, progress=True, features=None, prompts=PROMPT):
+def on_pairs(model, tok, args, data, progress=True, features=None, prompts=None):
     """Retrieval on Pairs: every picture, every caption; classification of class folders."""
     objective, prompts = OBJECTIVES[args.loss], read_prompts(prompts, data.classes)
-    v, V, t, T, M, kept = pair_features(model, tok, data, features, progress)
-    owner = torch.tensor([b for b, i in enumerate(kept) for _ in data.captions[i]], device=v.device)
-    texts = [clean(text) for i in kept for text in data.captions[i]]
+    template = "{}" if data.classes else prompts[0]
+    v, V, t, T, M, kept = pair_features(model, tok, data, template, features, progress)
+    captions = [[clean(text) for text in data.captions[i]] for i in kept]
+    owner = torch.tensor([b for b, own in enumerate(captions) for _ in own], device=v.device)
+    texts, own = flat(captions), [{*tok.words.findall(" ".join(some))} for some in captions]
+    words = [[w for w in tok.words.findall(text) if w[0].isalnum()] for text in texts]
     numbers = {text: n for n, text in enumerate(dict.fromkeys(texts))}
     number = torch.tensor([numbers[text] for text in texts])
-    words = [[w for w in tok.words.findall(text) if w[0].isalnum()] for text in texts]
-    own = [set() for _ in kept]
-    for b, some in zip(owner.tolist(), words):
-        own[b].update(some)
     s_i2t, s_t2i = similarities(objective, v, V, t, T, M)
     out = {"retrieval": retrieval_hits(s_i2t, s_t2i, owner, number),
            "faithfulness": {"k_p": k_precision(s_i2t, words, own),
                             "k_pna": k_precision(s_i2t, [*map(content_words, words)], own)},
            "alignment": drop_rows(args, V, T, M, owner)}
     if data.classes:
-        out["classification"] = folder_classes(objective, model, tok, data, kept, v, V, prompts)
+        out |= folder_classes(objective, model, tok, data, kept, v, V, prompts)
     repeated = int((number.bincount()[number] > 1).sum())
     if repeated:
         print(f"note: {repeated:,} of {len(texts):,} texts repeat: equal ones count as one")
@@ -753,16 +763,79 @@ def on_pairs(model, tok, args, data, progress=True, features=None, prompts=PROMP
     return report(out) | {"about": about}
 
 
+VOC = ("aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,dining table,dog,horse,motorbike,"
+       "person,potted plant,sheep,sofa,train,tv monitor").split(",")
+
+
+def mask_classes(folder):
+    """Names of a mask's labels 1, 2, ...: the lines of classes.txt, or Pascal VOC's. UserError."""
+    path, names = pathlib.Path(folder, "classes.txt"), VOC
+    if path.is_file():
+        names = [x.strip() for x in path.read_text("utf-8-sig", "replace").strip().split("\n")]
+    if "" in names or len(set(names)) < len(names):
+        raise UserError(f"{path} has a name that is empty or there twice: give each class its own")
+    return names
+
+
+def good_masks(folder, n, bad, progress):
+    """Pictures of Pascal VOC's layout, of val.txt if it is there, and their masks' labels (H,W): 0
+    background, 1 to n, 255 void. Those that can't be used go into bad."""
+    listed = pathlib.Path(folder, "ImageSets/Segmentation/val.txt")
+    masks = pathlib.Path(folder, "SegmentationClass")
+    names = sorted(path.stem for path in masks.glob("*.png"))
+    if listed.is_file():
+        names = listed.read_text().split()
+    for name in tqdm(names, "pictures", disable=not progress, leave=False):
+        mask = masks / f"{name}.png"
+        try:
+            image = open_image(f"{folder}/JPEGImages/{name}.jpg", 1 << 20)  # not reduced
+            labels = np.array(start_image(read_bytes(mask)), int)
+            if labels.shape != image.size[::-1] or not {*labels.flat} <= {*range(n + 1), 255}:
+                raise ValueError(f"{labels.shape} for a picture of {image.size}, {labels.max()}")
+            yield image, torch.from_numpy(labels)
+        except Exception as e:  # Pillow's readers raise nearly anything on a damaged file
+            bad.append(BadRow(mask, name, f"it must be an index PNG of labels 0 to {n} and 255, of "
+                                          f"its picture's size ({e!r:.200})"))
+
+
+def on_masks(model, tok, args, folder, prompts=None, progress=True):
+    """Zero-shot segmentation of Pascal VOC's layout. SPARC's Table 4 (4.5, D.7) is miou_objects."""
+    objective, kinds = OBJECTIVES[args.loss], [*mask_classes(folder), "background"]
+    classes = list(encode_prompts(model, tok, kinds, read_prompts(prompts, kinds)))
+    pixels, bad, out = {"miou": [], "miou_objects": []}, [], {}
+    for image, truth in good_masks(folder, len(kinds) - 1, bad, progress):
+        whole = image.resize([model.config["image_size"]] * 2)  # so all pixels count
+        V = segmentation_patches(objective, model, [whole])[0]
+        scores = classify(objective, V, V[:, None], classes).cpu()  # (P, K + 1)
+        masks = truth == torch.arange(1, len(kinds))[:, None, None]  # (K, H, W)
+        for key, label in (("miou", scores.argmax(1)), ("miou_objects", scores[:, :-1].argmax(1))):
+            pixels[key].append(object_pixels(label, masks, truth < 255))
+    if not any(size.any() for _, _, size in pixels["miou"]):
+        raise UserError("; ".join([f"{folder} has no mask of a class to use", *map(str, bad[:1])]))
+    for key, found in pixels.items():
+        summed = object_ious(sum(found))
+        out[key] = [object_ious(of_picture).tolist() for of_picture in found]
+        out[f"{key}_summed"] = 100 * summed.mean().item(), len(summed)
+    if bad:
+        print(f"note: {len(bad):,} masks are left out; the first: {bad[0]}")
+    about = {"pictures": len(found), "rows_left_out": len(bad)}
+    return report({"segmentation": out}) | {"about": about}
+
+
 def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None, features=None,
-             prompts=PROMPT):
+             prompts=None):
     """Evaluate a run, write metrics.json (see place) -> metrics. data, images: see open_dataset; or
     "scenes", n of them; or None: as trained. features, prompts: see pair_features, read_prompts."""
     model, tok, args = load_run(folder, device)
     if not data:
         data, images = own_data(folder, args)
+    masks = os.path.isdir(os.path.join(data, "SegmentationClass"))
+    if (prompts and data == "scenes") or (features and masks):
+        raise UserError(f"--data {data}: --prompts is for files, --features for captions in files")
     if data == "scenes":
-        read_prompts(prompts, None)  # refuses any
         metrics = on_scenes(model, tok, args, n)
+    elif masks:
+        metrics = on_masks(model, tok, args, data, prompts, progress)
     else:
         pairs = open_dataset(data, images=images)
         metrics = on_pairs(model, tok, args, pairs, progress, features, prompts)
@@ -771,19 +844,6 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None
     text = json.dumps(metrics, indent=1)
     write(place(folder, "metrics.json"), lambda path: pathlib.Path(path).write_text(text))
     return metrics
-
-
-def seeds(runs):
-    """{name: metrics} -> {name: [metrics of each seed]}. Seeds: runs of one loss, model and length
-    whose names differ in the number at the end alone, as sparc-0 and sparc-1 do."""
-    groups, out = collections.defaultdict(list), {}
-    for name, metrics in runs.items():
-        about, start = metrics["about"], re.sub(r"-\d+$", "", name)
-        groups[start, about["loss"], about["model"], about["step"]].append(name)
-    for (start, *_), names in groups.items():
-        name = names[0] if len(names) == 1 else f"{start} ({len(names)} seeds)"
-        out[name] = [runs[seed] for seed in names]
-    return out
 
 
 def cell(found, group, key):
@@ -801,15 +861,20 @@ def cell(found, group, key):
 
 
 def table(runs):
-    """{name: metrics, or a list of each seed's} -> a Markdown table, of cells, a column a name."""
-    runs = {name: m if isinstance(m, list) else [m] for name, m in runs.items()}
-    each = flat(runs.values())
-    n = {name: x for metrics in each for name, x in metrics.get("n", {}).items()}
-    rows = {f"{group} {key}": (group, key) for metrics in each for group in metrics
-            if group not in ("about", "n", "interval") for key in metrics[group]}
-    lines = [["", *runs, "n"]]
-    for head, names in rows.items():
-        cells = [cell(found, *names) for found in runs.values()]
+    """{name: metrics} -> a Markdown table, a column a run. Seeds share one: runs of one loss, model
+    and length whose names differ in the number at the end alone, as sparc-0 and sparc-1 do."""
+    groups, n, rows = collections.defaultdict(list), {}, {}
+    for name, metrics in runs.items():
+        about, start = metrics["about"], re.sub(r"-\d+$", "", name)
+        groups[start, about["loss"], about["model"], about["step"]].append(name)
+        n |= metrics.get("n", {})
+        rows |= {f"{group} {key}": (group, key) for group in metrics
+                 if group not in ("about", "n", "interval") for key in metrics[group]}
+    heads = [names[0] if len(names) == 1 else f"{start} ({len(names)} seeds)"
+             for (start, *_), names in groups.items()]
+    lines = [["", *heads, "n"]]
+    for head, places in rows.items():
+        cells = [cell([runs[name] for name in names], *places) for names in groups.values()]
         lines.append([head, *cells, str(n.get(head, ""))])
     first, *widths = [max(map(len, column)) for column in zip(*lines)]
     text = [f"| {head:{first}} | {' | '.join(map(str.rjust, cells, widths))} |"
@@ -818,7 +883,7 @@ def table(runs):
     return "\n".join(text)
 
 
-# -------------------- what a step costs: SPARC's Table 12 (SPARC D.6), FILIP's Table 5
+# ------------------------------------------- what a step costs: SPARC's Table 12 (SPARC D.6)
 def late_flops(pairs, P, L, D):
     """Products of P patches with L words of so many pairs, forward and backward. Choosing tokens
     costs a device 2/3 of it for its own pairs: patches, then words, forward alone."""
@@ -826,17 +891,18 @@ def late_flops(pairs, P, L, D):
 
 
 BATCHES = np.array([2048, 4096, 8192, 16384])
-# TFLOP of an update on one of 256 devices, for these batches; then the most memory held, in MB
+# TFLOP of an update on one of 256 devices, for these batches; the most memory, in MB beyond CLIP's
 TABLE_12 = {"clip": (1.15, 2.29, 4.57, 9.14), "pacl": (1.2, 2.46, 5.24, 12.8),
             "gloria": (3.34, 13.21), "mgca": (1.16, 2.31, 4.62, 9.23),
             "filip": (1.37, 3.17, 8.09, 27.25), "sparc": (1.15, 2.3, 4.6, 9.19)}
-TABLE_12_MB = {"clip": (4394, 4452, 5889, 8578), "pacl": (4682, 6267, 9786, 14785),
-               "gloria": (8013, 13840), "filip": (4394, 5230, 8657, 15463)}
+TABLE_12_MB = {"pacl": (288, 1815, 3897, 6207), "gloria": (3619, 9388),
+               "filip": (0, 778, 2768, 6885)}
 
 
-def flops(loss, batch, devices=256, P=196, L=55, D=512, width=768, keep=0.2):
-    """Of the matmuls of a step on one device of Table 12: batch / devices pairs, against the whole
-    batch, both ways. Backward is twice the forward. Towers: ViT-B/16; 12 x 768 for texts."""
+def step_cost(loss, batch, devices=256, P=196, L=55, D=512, width=768, keep=0.2):
+    """A step on one device of Table 12, batch / devices pairs against the whole batch, both ways ->
+    FLOP of its matmuls (backward: twice the forward; towers: ViT-B/16, 12 x 768 for texts); bytes
+    beyond CLIP's or None, two a number: all tokens (PACL, GLoRIA: twice), what compares pairs."""
     b, kI, kT = batch / devices, int(keep * P), int(keep * L)
     q = b * batch  # pairs of a picture and a text that one device compares
     adapters = 6 * b * (P + L) * width * D  # on every token, not on one vector a side
@@ -849,73 +915,32 @@ def flops(loss, batch, devices=256, P=196, L=55, D=512, width=768, keep=0.2):
              "gloria": 24 * q * P * L * D + adapters, "filip": late + adapters,
              "mgca": 3 * b * (attention + compared) + adapters,
              "sparc": 3 * b * (4 * P * L * D + 4 * L ** 2 * D) + adapters}
+    memory = {"pacl": 4 * batch * P * D + 4 * q * (P + D),
+              "gloria": 4 * batch * P * D + 4 * q * (2 * P * L + L * D),
+              "filip": 2 * batch * (kI + kT) * D + 2 * q * (P * kT + kI * L)}
     towers = 2 * P * 3 * 16 ** 2 * width  # into patches; then 12 blocks each
     towers += sum(12 * (24 * n * width ** 2 + 4 * n ** 2 * width) for n in (P, L))
-    return 3 * b * towers + 12 * q * D + added[loss]
-
-
-def extra_memory(loss, batch, devices=256, P=196, L=55, D=512, keep=0.2):
-    """Bytes that the step of flops() holds beyond CLIP's, two bytes a number: all processes' tokens
-    (PACL, GLoRIA: and their gradient), and the tensors that compare pairs."""
-    q, kI, kT = batch ** 2 / devices, int(keep * P), int(keep * L)
-    return {"pacl": 4 * batch * P * D + 4 * q * (P + D),
-            "gloria": 4 * batch * P * D + 4 * q * (2 * P * L + L * D),
-            "filip": 2 * batch * (kI + kT) * D + 2 * q * (P * kT + kI * L)}[loss]
-
-
-def cost_row(name, published, modelled, digits):
-    cells = [f"{name:16}"]
-    for paper, model in zip(published, modelled):
-        ratio = f"{model / paper:.3f}" if paper else "-"
-        cells.append(f"{paper:10,.{digits}f}{model:8,.{digits}f}{ratio:>7}")
-    return "".join(cells)
+    return 3 * b * towers + 12 * q * D + added[loss], memory.get(loss)
 
 
 def cost_table():
     """SPARC's Table 12 beside the model, as text. CLIP's row counts more than matmuls; that much is
     added to the others. "20% token dropping" fits only if 20% are kept, on one side of a product.
     Three cells are above the model: a part of the forward pass must be computed twice there."""
-    rest = TABLE_12["clip"] - flops("clip", BATCHES) / 1e12  # what is no matmul
-    lines = [f"{'TFLOP a step':16}" + "".join(f"{f'B = {B:,}':>25}" for B in BATCHES),
-             " " * 16 + f"{'paper   model  ratio':>25}" * len(BATCHES)]
-    for loss, paper in TABLE_12.items():
-        model = flops(loss, BATCHES) / 1e12 + rest * (loss != "clip")
-        lines.append(cost_row(loss, paper, model, 2))
-    lines += ["", "MB more than CLIP"]
-    for loss in ("pacl", "gloria", "filip"):
-        paper = [mb - clip for mb, clip in zip(TABLE_12_MB[loss], TABLE_12_MB["clip"])]
-        lines.append(cost_row(loss, paper, extra_memory(loss, BATCHES) / 1e6, 0))
-    return "\n".join(lines)
-
-
-# dimensions, bytes a number, share of the tokens; seconds a step, MB
-TABLE_5_CLIP = 1.31, 14300
-TABLE_5 = ((512, 4, 1.0, 2.85, 26000), (512, 2, 1.0, 2.67, 23468), (256, 2, 1.0, 2.31, 22382),
-           (256, 2, 0.5, 1.61, 16336), (256, 2, 0.25, 1.39, 16100))
-
-
-def filip_flops(D, keep, b=512, devices=8, P=49, L=77):
-    """What FILIP adds to CLIP's step on one device of Table 5, which holds b pairs. Both sides of
-    eqs. 4 and 5 are reduced (3.1.1), so the cost is quadratic in keep, but for choosing tokens."""
-    choice = late_flops(b * b, P, L, D) * 2 / 3 if keep < 1 else 0
-    return 2 * late_flops(b * b * devices, int(keep * P), int(keep * L), D) + choice
-
-
-def filip_table(b=512, devices=8, P=49, L=77):
-    """FILIP's Table 5 (ViT-B/32) beside the model, as text: time over CLIP's and operations, as
-    shares of the full cost *; MB. The first row's 60 GB of similarities were computed in parts."""
-    seconds0, mb0 = TABLE_5_CLIP
-    lines = [f"{'share of the full cost *':24}{'paper':>7}{'model':>7}{'ratio':>7}{'TFLOP':>8}"
-             f"{'MB received':>13}{'MB all at once':>16}{'MB over CLIP (paper)':>22}"]
-    for D, size, keep, seconds, mb in TABLE_5:
-        kI, kT, cost = int(keep * P), int(keep * L), filip_flops(D, keep)
-        paper = (seconds - seconds0) / (TABLE_5[2][3] - seconds0)  # the third row: full cost *
-        model = cost / filip_flops(256, 1.0)
-        received = b * (devices - 1) * (kI + kT) * D * size / 2 ** 20
-        at_once = 2 * b * b * devices * kI * kT * size / 2 ** 20
-        head = f"{D} x {size} bytes {keep:5.0%}" + " *" * ((D, size, keep) == TABLE_5[2][:3])
-        lines.append(f"{head:24}{paper:7.2f}{model:7.2f}{model / paper:7.2f}{cost / 1e12:8.1f}"
-                     f"{received:13,.0f}{at_once:16,.0f}{mb - mb0:22,}")
+    model = {loss: step_cost(loss, BATCHES) for loss in TABLE_12}
+    rest = TABLE_12["clip"] - model["clip"][0] / 1e12  # what is no matmul
+    rows = [(f"TFLOP {loss}", paper, model[loss][0] / 1e12 + rest * (loss != "clip"), 2)
+            for loss, paper in TABLE_12.items()]
+    rows += [(f"MB over clip {loss}", paper, model[loss][1] / 1e6, 0)
+             for loss, paper in TABLE_12_MB.items()]
+    lines = [f"{'of a step':20}" + "".join(f"{f'B = {B:,}':>25}" for B in BATCHES),
+             " " * 20 + f"{'paper   model  ratio':>25}" * len(BATCHES)]
+    for name, published, modelled, digits in rows:
+        line = f"{name:20}"
+        for paper, found in zip(published, modelled):
+            ratio = f"{found / paper:.3f}" if paper else "-"
+            line += f"{paper:10,.{digits}f}{found:8,.{digits}f}{ratio:>7}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -923,19 +948,19 @@ def main():
     ap = argparse.ArgumentParser(description="Evaluate runs: print a table, write metrics.json.")
     add = ap.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folders, such as runs/sparc; files of OpenAI "
-        "CLIP's weights; or the word cost, for the papers' costs")
-    add("--data", help="scenes, or as train.py --data (default: what the run is for)")
+        "CLIP's weights; or the word cost, for SPARC's Table 12")
+    add("--data", help="scenes, as train.py --data, or VOC2012 (default: what the run is for)")
     add("--images", help="the folder of the pictures that a JSON file names")
-    add("--prompts", default=PROMPT, help="classify class folders with this template, a file of "
-        f"them, or FILIP's for {', '.join(TABLE_11)}")
+    add("--prompts", help="a template with {} for a class's name or a caption; for classes also a "
+        f"file of them, or FILIP's for {', '.join(TABLE_11)}")
     add("--n", type=int, default=1000, help="number of test scenes")
-    add("--features", metavar="FILE.npz", help="of one run, on files: keep or reuse the features")
+    add("--features", metavar="FILE", help="of one run, on files: keep or reuse the features")
     add("--json", action="store_true", help="print all metrics as JSON")
     add("--markdown", action="store_true", help="print the table for a README")
     add("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
     args = ap.parse_args()
     if args.runs == ["cost"]:
-        return print(cost_table(), filip_table(), sep="\n\n")
+        return print(cost_table())
     if args.n < 10:
         raise UserError(f"--n {args.n}: at least 10 scenes are needed")
     if args.features and (len(args.runs) > 1 or args.data in (None, "scenes")):
@@ -946,8 +971,7 @@ def main():
         runs = {name: evaluate(run, **given) for name, run in zip(run_names(args.runs), args.runs)}
     if args.json:
         return print(json.dumps(runs, indent=1))
-    text = table(seeds(runs))
-    print(text if args.markdown else text.replace("|", " "))
+    print(table(runs) if args.markdown else table(runs).replace("|", " "))
     for key, reason in (("local_gap", "only sparc's and mgca's losses have a part within a pair"),
                         ("drop_k2", "only sparc's and gloria's losses weight patches for a word")):
         if 0 < sum(key in m.get("alignment", {}) for m in runs.values()) < len(runs):

@@ -3,10 +3,11 @@
     python tests/bench.py objectives              # train every objective with three seeds: a table
     python tests/bench.py pyramid                 # likewise PyramidCLIP's components, step by step
     python tests/bench.py filip                   # late interaction by blocks and by one einsum
+    python tests/bench.py table5                  # FILIP's Table 5 beside a model of its cost
     pip install open_clip_torch && python tests/bench.py step        # a step beside open_clip's
 
-Covers: SPARC's comparison of objectives (4, D.3, Table 6), PyramidCLIP Tables 5, 13 and 14, and the
-cost of FILIP 3.1.
+Covers: SPARC's comparison of objectives (4, D.3, Table 6), PyramidCLIP Tables 5, 13 and 14, the
+cost of FILIP 3.1, and its Table 5.
 
 objectives and pyramid train one run for each row and seed, in OUT/ROW-SEED, and write OUT/table.md.
 Finished runs are skipped, stopped ones go on: repeat the command until the table is there. What
@@ -44,6 +45,7 @@ sys.path.insert(0, str(ROOT))
 import losses
 import model as models
 from data import Batches, Scenes, Tokenizer, normalize
+from eval import late_flops
 from model import UserError
 from train import keep_memory, make_optimizer, peak_memory, pick_precision
 
@@ -349,6 +351,43 @@ def compare_filip(args):
               f"{mb:9,.0f} MB {mb / mb0:7.1f} x")
 
 
+# ----------------------------------------------------------------------- FILIP's Table 5, modelled
+# dimensions, bytes a number, share of the tokens; seconds a step, MB
+FILIP_TABLE_5 = ((512, 4, 1.0, 2.85, 26000), (512, 2, 1.0, 2.67, 23468), (256, 2, 1.0, 2.31, 22382),
+                 (256, 2, 0.5, 1.61, 16336), (256, 2, 0.25, 1.39, 16100))
+CLIP_SECONDS, CLIP_MB = 1.31, 14300                         # of the same step with CLIP's loss
+FULL = FILIP_TABLE_5[2]                                     # its added time is 1 here
+
+
+def filip_flops(D, keep, b=512, devices=8, P=49, L=77):
+    """What FILIP adds to CLIP's step on one device of Table 5, which holds b pairs. Both sides of
+    eqs. 4 and 5 are reduced (3.1.1), so the cost is quadratic in keep, but for choosing tokens."""
+    choice = late_flops(b * b, P, L, D) * 2 / 3 if keep < 1 else 0
+    return 2 * late_flops(b * b * devices, int(keep * P), int(keep * L), D) + choice
+
+
+def filip_table(b=512, devices=8, P=49, L=77):
+    """FILIP's Table 5 (ViT-B/32) beside the model, as text: time over CLIP's and operations, as
+    shares of the full cost *; MB. The first row's 60 GB of similarities were computed in parts."""
+    lines = [f"{'share of the full cost *':24}{'paper':>7}{'model':>7}{'ratio':>7}{'TFLOP':>8}"
+             f"{'MB received':>13}{'MB all at once':>16}{'MB over CLIP (paper)':>22}"]
+    for row in FILIP_TABLE_5:
+        D, size, keep, seconds, mb = row
+        kI, kT, cost = int(keep * P), int(keep * L), filip_flops(D, keep)
+        paper = (seconds - CLIP_SECONDS) / (FULL[3] - CLIP_SECONDS)
+        model = cost / filip_flops(256, 1.0)
+        received = b * (devices - 1) * (kI + kT) * D * size / 2 ** 20
+        at_once = 2 * b * b * devices * kI * kT * size / 2 ** 20
+        head = f"{D} x {size} bytes {keep:5.0%}" + " *" * (row == FULL)
+        lines.append(f"{head:24}{paper:7.2f}{model:7.2f}{model / paper:7.2f}{cost / 1e12:8.1f}"
+                     f"{received:13,.0f}{at_once:16,.0f}{mb - CLIP_MB:22,}")
+    return "\n".join(lines)
+
+
+def print_table_5(args):
+    print(filip_table())
+
+
 # --------------------------------------------------------------------------------- a training step
 RIVALS = ("ours", "sparc", "local loss", "open_clip", "open_clip, memory kept")
 
@@ -527,6 +566,8 @@ def flags():
     sub.add_argument("--batch", type=at_least_1, default=512, help="pairs (512)")
     sub.add_argument("--only", nargs="+", choices=list(FILIP), help="compare these alone")
     sub.add_argument("--rounds", type=at_least_1, default=2, help="turns of each (2)")
+
+    command("table5", "FILIP's Table 5 beside a model of its cost", print_table_5)
 
     sub = command("step", "a training step, SPARC's and open_clip's", compare_step)
     sub.add_argument("--batch", type=at_least_1, help="pairs (tiny 128, else 32)")

@@ -137,3 +137,33 @@ def test_an_unknown_row_is_one_sentence():
         bench.compare_runs(bench.options(["pyramid", "--only", "GT"]))
     args = bench.options(["pyramid", "--table14"])
     assert (args.seeds, args.out) == (1, "runs/bench-table14")
+
+
+def test_cost_of_filip_table_5():
+    """The shares of the full cost at 50% and 25% of the tokens are the paper's within 1.3."""
+    clip, full = 1.31, 2.31
+    whole = bench.filip_flops(256, 1.0)
+    for keep, seconds in ((0.5, 1.61), (0.25, 1.39)):
+        paper = (seconds - clip) / (full - clip)
+        model = bench.filip_flops(256, keep) / whole
+        assert 1 / 1.3 < model / paper < 1.3, keep
+        one_sided = int(keep * 49) / 49
+        assert one_sided / paper > 1.5, "reducing one side alone does not fit"
+    # 49 patches and 77 words: 24 x 38 and 12 x 19 are kept; choosing them costs 1/24 of the whole
+    assert bench.filip_flops(256, 0.5) / whole == pytest.approx(24 * 38 / 49 / 77 + 1 / 24)
+    assert bench.filip_flops(256, 0.25) / whole == pytest.approx(12 * 19 / 49 / 77 + 1 / 24)
+    assert bench.filip_flops(512, 1.0) == 2 * whole == 2 * 12 * 512 ** 2 * 8 * 49 * 77 * 256
+
+
+def test_the_printed_table_5():
+    rows = [line.replace("*", "").split() for line in bench.filip_table().splitlines()[1:]]
+    paper, model, ratio = (list(map(float, x)) for x in list(zip(*rows))[5:8])
+    assert paper == [1.54, 1.36, 1.0, 0.3, 0.08] and model == [2.0, 2.0, 1.0, 0.28, 0.1]
+    assert all(1 / 1.3 < x < 1.3 for x in ratio[2:])
+    received = [float(row[9].replace(",", "")) for row in rows]
+    assert received[0] == 7 * 512 * (49 + 77) * 512 * 4 / 2 ** 20
+    assert received[1] == received[0] / 2
+
+
+def test_table_5_is_a_command(run, capsys):
+    assert run("table5") == 0 and capsys.readouterr().out == bench.filip_table() + "\n"
