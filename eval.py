@@ -2,7 +2,6 @@
 
     python eval.py runs/sparc                     # 1,000 test scenes: a table and metrics.json
     python eval.py runs/sparc runs/clip --data photos/test.csv    # real pictures, side by side
-    python eval.py runs/clip-0 runs/clip-1 runs/clip-2 --markdown # mean and deviation over seeds
     python eval.py ViT-B-32.pt --data pets/ --prompts OxfordPets  # OpenAI's weights, class folders
     python eval.py runs/sparc --data VOCdevkit/VOC2012            # masks in Pascal VOC's layout
     python eval.py cost                           # a step at full size, beside SPARC's Table 12
@@ -69,25 +68,37 @@ def list_faults(path, rows, columns=("where", "what", "reason")):
     write(path, save)
 
 
+def inspect(pairs, i):
+    """What `check` reads of picture i: (width, height, hash of the file), or a BadRow."""
+    try:
+        pairs.open(i, 64)
+        content = pairs.read(i)
+        return *start_image(content).size, hashlib.sha256(content).hexdigest()
+    except BadRow as e:
+        return e
+
+
 def check(path, images, out):
     """`python data.py check`: read all of a path, print what is there, list bad rows in `out`."""
-    pairs, found = open_dataset(path, images=images), {}  # number -> width, height, hash
-    for i, _ in tqdm(pairs.good(64), total=len(pairs), unit=" pictures", disable=None):
-        content = pairs.read(i)
-        found[i] = *start_image(content).size, hashlib.sha256(content).hexdigest()
-    texts, bad = flat(pairs.captions[i] for i in found), [e.args for e in pairs.bad]
-    print(f"{len(found):,} pictures with {len(texts):,} captions can be used; {len(bad):,} faults")
+    pairs = open_dataset(path, images=images)
+    reading = torch.utils.data.DataLoader(range(len(pairs)), None, num_workers=os.cpu_count(),
+                                          collate_fn=functools.partial(inspect, pairs))
+    found = list(tqdm(reading, unit=" pictures", disable=None))
+    good = [x for x in found if not isinstance(x, BadRow)]
+    texts = flat(own for x, own in zip(found, pairs.captions) if not isinstance(x, BadRow))
+    bad = [x.args for x in pairs.bad + found if isinstance(x, BadRow)]
+    list_faults(out, bad)
+    print(f"{len(good):,} pictures with {len(texts):,} captions can be used; {len(bad):,} faults, "
+          f"listed in {out}")
     for kind, n in count_faults(bad):
         print(f"  {n:8,}  {kind}")
-    if found:
-        widths, heights, hashes = zip(*found.values())
+    if good:
+        widths, heights, hashes = zip(*good)
         for name, n in ("width", widths), ("height", heights), ("characters", [*map(len, texts)]):
             print(f"{name:13} {min(n)} to {max(n)}, middle {statistics.median_high(n)}")
         for name, items in ("pictures", hashes), ("captions", texts):
             repeated = len(items) - len(set(items))
             print(f"{name:13} {repeated:,} of {len(items):,} repeat an earlier one")
-    list_faults(out, bad)
-    print(f"listed in {out}")
 
 
 WORD = regex.compile(r"(?<!\S)\p{P}*[\p{L}\p{M}][\p{L}\p{M}'’-]+\p{P}*(?!\S)")  # no img_0.jpg
@@ -267,7 +278,6 @@ def load_run(folder, device="cpu"):
     """A run -> model in eval mode, tokeniser, args: its options, step, cost, head. Or UserError."""
     ckpt = read_checkpoint(folder)
     config, step, merges = ckpt["config"], ckpt["step"], ckpt["merges"]
-    ckpt["head"].pop("calls", None)  # a counter that MGCA's head had in older checkpoints
     try:
         model, head = CLIP(**config), OBJECTIVES[ckpt["args"]["loss"]].head(config["embed_dim"])
         model.load_state_dict(ckpt["model"])
@@ -687,6 +697,7 @@ def on_scenes(model, tok, args, n=1000):
     out["alignment"] |= drop_rows(args, V, T, M, torch.arange(n))
     if objective.local:
         options, scale = loss_options(args), model.logit_scale.exp()
+        options.pop("strangers", None)  # so that it is the same number for all runs
         gap = local_gap(objective, args.head, options, scale, v, V, t, T, M)
         out["alignment"] |= {key: (x, n) for key, x in gap.items()}
     return report(out)
@@ -713,13 +724,14 @@ def pair_features(model, tok, data, template, file, progress):
     mark = f"{data.fingerprint()} {sums} {template}"  # of this data, this model
     if file and os.path.exists(file):
         try:
-            saved = torch.load(file, model.logit_scale.device, weights_only=True)
+            saved = dict(np.load(file))
             if saved["mark"] != mark:
                 raise ValueError("it is of another model or other data")
-        except Exception as e:  # torch raises many kinds on a damaged file
+        except Exception as e:  # numpy raises many kinds on a damaged file
             raise UserError(f"can't use --features {file} ({e!r:.100}): name another") from None
         data.bad = [BadRow(*row) for row in saved["bad"]]
-        return saved["found"]
+        found = [torch.from_numpy(saved[name]).to(model.logit_scale.device) for name in "vVtTM"]
+        return *found, saved["numbers"].tolist()
     images, numbers, good = [], [], data.good(model.config["image_size"])
     good = iter(tqdm(good, "pictures", len(data), disable=not progress, leave=False))
     while some := list(itertools.islice(good, 100)):
@@ -729,9 +741,14 @@ def pair_features(model, tok, data, template, file, progress):
         raise UserError(f"no picture can be read; the first: {data.bad[0]}")
     texts = [template.replace("{}", text) for i in numbers for text in data.captions[i]]
     found = *map(torch.cat, zip(*images)), *encode_texts(model, tok, texts), numbers
+    saved = {name: x.cpu() for name, x in zip("vVtTM", found)}
+    saved |= {"mark": mark, "numbers": numbers, "bad": [e.args for e in data.bad]}
+
+    def save(path):
+        with open(path, "wb") as f:  # to a name savez would add .npz
+            np.savez(f, **saved)
     if file:
-        saved = {"mark": mark, "found": found, "bad": [e.args for e in data.bad]}
-        write(file, functools.partial(torch.save, saved))
+        write(file, save)
     return found
 
 
@@ -885,8 +902,7 @@ def table(runs):
 
 # ------------------------------------------- what a step costs: SPARC's Table 12 (SPARC D.6)
 def late_flops(pairs, P, L, D):
-    """Products of P patches with L words of so many pairs, forward and backward. Choosing tokens
-    costs a device 2/3 of it for its own pairs: patches, then words, forward alone."""
+    """Of P patches with L words, forward and backward; choosing tokens: twice forward, so 2/3."""
     return 6 * pairs * P * L * D
 
 
@@ -954,7 +970,7 @@ def main():
     add("--prompts", help="a template with {} for a class's name or a caption; for classes also a "
         f"file of them, or FILIP's for {', '.join(TABLE_11)}")
     add("--n", type=int, default=1000, help="number of test scenes")
-    add("--features", metavar="FILE", help="of one run, on files: keep or reuse the features")
+    add("--features", metavar="FILE.npz", help="of one run, on files: keep or reuse them")
     add("--json", action="store_true", help="print all metrics as JSON")
     add("--markdown", action="store_true", help="print the table for a README")
     add("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
