@@ -29,9 +29,8 @@ bootstrap over test pictures. A tie counts against the model.
   with a colour and shape never trained together. count_acc: the text of the right number, 1 to 4.
 
 Differs from the papers: scenes' prompts and classes are phrases of their captions. SPARC names no
-background: its text ("on sand", of masks "background") and the threshold are ours; miou_objects
-counts the foreground classes of each picture (4.5, D.7). Where Table 11 says "a (many)" or
-"perfume/fragrance", both are taken. CLIP+FILIP goes by its global embeddings (SPARC's Table 9).
+background: its text ("on sand", of masks "background") and the threshold are ours; miou_objects is
+the paper's (4.5, D.7). CLIP+FILIP goes by its global embeddings, as in SPARC's Table 9.
 """
 import argparse, collections, contextlib, csv, functools, hashlib, itertools, json, math, os
 import pathlib, re, statistics, sys
@@ -150,7 +149,7 @@ def clean_table(path, out, images, min_side):
 
 
 # ------------------------------------------------------------------- class folders and prompts
-# FILIP's Table 11, by Table 1's names: prefixes / category descriptions / suffixes
+# FILIP's Table 11, by Table 1's names: prefixes / descriptions / suffixes; "a (many)" is both
 TABLE_11 = """
 CIFAR10: a photo of a|a jpeg photo of a|a painting of a|itap of a|graffiti of a|a cartoon|a doodle//
 |It's common in daily life|It's cute|It's ugly|It's weird|Hope you like it
