@@ -1062,16 +1062,6 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
             evaluation.load_run(str(tmp_path))
 
 
-def test_older_checkpoints_of_mgca_still_load(tmp_path):
-    """Their head has one buffer more, a count of its calls."""
-    folder = make_run(tmp_path / "run", loss="mgca")
-    ckpt = torch.load(folder + "/last.pt", weights_only=True)
-    ckpt["head"]["calls"] = torch.zeros((), dtype=torch.long)
-    torch.save(ckpt, folder + "/last.pt")
-    _, _, args = evaluation.load_run(folder)
-    assert args.head.prototypes.equal(ckpt["head"]["prototypes"])
-
-
 def test_what_to_evaluate_on(tmp_path):
     folder = make_run(tmp_path / "run", data="photos/train.csv")
     with pytest.raises(UserError, match="photos/train.csv.*--data"):
