@@ -256,7 +256,7 @@ def read_checkpoint(path):
     """A run folder, last.pt or OpenAI CLIP's weights -> a checkpoint of train.py. Or UserError."""
     file = path if os.path.isfile(path) else os.path.join(path, "last.pt")
     if not os.path.isfile(file):
-        raise UserError(f"there is no checkpoint {file}: train one, `train.py --out {path}`")
+        raise UserError(f"no checkpoint {file}, no file of weights {path}: `train.py --out {path}`?")
     try:
         ckpt = read_weights(file)
         if "visual.conv1.weight" in ckpt:

@@ -1045,7 +1045,7 @@ class Code:
 def test_checkpoints_that_cannot_be_read(tmp_path):
     """Each is refused in a sentence, and no code in it runs."""
     path, marker = tmp_path / "last.pt", tmp_path / "was-executed"
-    with pytest.raises(UserError, match="there is no checkpoint.*train.py"):
+    with pytest.raises(UserError, match="no checkpoint.*no file of weights.*train.py"):
         evaluation.load_run(str(tmp_path))
     saved = pathlib.Path(make_run(tmp_path / "run")) / "last.pt"
     whole = torch.load(saved, weights_only=True)

@@ -576,10 +576,12 @@ def test_killed_runs_end_with_the_same_numbers(tmp_path, monkeypatch):
 
 
 # the gathers of the other objectives: test_losses.py
-@pytest.mark.parametrize("words", ["filip", "mgca", "sparc", "sparc --accum-steps 2",
-                                   "sparc --captions 2", "filip --captions 2 --accum-steps 2"])
+@pytest.mark.parametrize("words", [
+    "filip", "mgca", "sparc --strangers 0 --accum-steps 2", "sparc --batch-size 32",
+    "sparc --strangers 0 --captions 2", "filip --captions 2 --accum-steps 2"])
 def test_two_processes_equal_one(go, tmp_path, words):
-    """Loss and every gradient after one step; AdamW's first moment is a tenth of the gradient."""
+    """Loss and every gradient after one step; AdamW's first moment is a tenth of the gradient.
+    Two strangers are pictures of the same process if each has 16 pictures, or 32, ..."""
     more = ["--loss", *words.split(), "--steps", "1", "--clip-grad", "0"]
     if "captions" in words:
         rows = [f"{k}.png,{text} {k}" for text in ("thing", "a number") for k in range(4)]
@@ -826,7 +828,7 @@ def test_a_frozen_resnet_keeps_its_batchnorms_statistics(tune, go, tmp_path):
     ("--init BEGUN --layers 3 --pool cls", "--pool --layers: the weights of --init decide"),
     ("--init BEGUN --vocab learn:600", "--vocab: the weights of --init decide"),
     ("--init BEGUN --image-size 70", "patches of 8 pixels do not divide an image of 70"),
-    ("--init none", "no checkpoint none/last.pt, and no file of weights none"),
+    ("--init none", "no checkpoint none/last.pt, no file of weights none"),
     ("--init OTHER", "no visual.conv1.weight.*lacks args, config"),
     ("--init SMALL", "has 618 tokens, CLIP's published vocabulary has 49,408"),
 ])
