@@ -256,7 +256,7 @@ def read_checkpoint(path):
     """A run folder, last.pt or OpenAI CLIP's weights -> a checkpoint of train.py. Or UserError."""
     file = path if os.path.isfile(path) else os.path.join(path, "last.pt")
     if not os.path.isfile(file):
-        raise UserError(f"no checkpoint {file}, no file of weights {path}: `train.py --out {path}`?")
+        raise UserError(f"no checkpoint {file}, no file of weights {path}: train.py --out {path}?")
     try:
         ckpt = read_weights(file)
         if "visual.conv1.weight" in ckpt:
@@ -696,7 +696,6 @@ def on_scenes(model, tok, args, n=1000):
     out["alignment"] |= drop_rows(args, V, T, M, torch.arange(n))
     if objective.local:
         options, scale = loss_options(args), model.logit_scale.exp()
-        options.pop("strangers", None)  # so that it is the same number for all runs
         gap = local_gap(objective, args.head, options, scale, v, V, t, T, M)
         out["alignment"] |= {key: (x, n) for key, x in gap.items()}
     return report(out)

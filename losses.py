@@ -120,17 +120,14 @@ def sparc_alignment(V, T, sigma=None, softmax=False):
     return s_til / s_til.sum(-1, keepdim=True)                  # SPARC eq. 4: the sum is 1 or more
 
 
-def within_pair_loss(x, y, M, scale, per_text=False, others=()):
+def within_pair_loss(x, y, M, scale, per_text=False):
     """x, y (b,L,D), M (b,L): x_l must find y_l among its own pair's positions, and y_l x_l -> the
-    mean over all real positions of all ranks; per_text: over each pair's, then over pairs.
-    others: [z (b,L,D)], of which y_l must tell z_l from x_l too."""
+    mean over all real positions of all ranks; per_text: over each pair's, then over pairs."""
     x_to_y = scale * torch.einsum("bld,bmd->blm", unit(x), unit(y))                     # (b, L, L)
-    y_to_z = [scale * torch.einsum("bld,bld->bl", unit(y), unit(z))[..., None] for z in others]
     own = torch.arange(M.shape[1], device=M.device).where(M, -100)         # -100: padding has none
     loss = 0
-    for s, more in ((x_to_y, []), (x_to_y.transpose(1, 2), y_to_z)):
-        s = s.masked_fill(~M[:, None], -torch.inf)              # padding is no negative
-        s = torch.cat([s, *more], 2).flatten(0, 1)              # (b L, L or more)
+    for s in (x_to_y, x_to_y.transpose(1, 2)):
+        s = s.masked_fill(~M[:, None], -torch.inf).flatten(0, 1)           # padding is no negative
         loss = loss + F.cross_entropy(s, own.flatten(), reduction="none").view_as(M) / 2
     if per_text:
         return (loss.sum(1) / M.sum(1)).mean()                  # SPARC eq. 6, as printed
@@ -142,17 +139,13 @@ def within_pair_loss(x, y, M, scale, per_text=False, others=()):
 
 @full_precision
 def sparc_loss(v, t, V, T, M, scale, global_weight=0.5, local_weight=1.0, sigma=None, softmax=False,
-               per_text=False, strangers=0):
+               per_text=False):
     """v t (b,D), V (b,P,D), T (b,L,D), M (b,L) of the same pairs -> {"loss", "global", "local"}.
 
-    SPARC 2. sigma, softmax: as of sparc_alignment; per_text: of within_pair_loss. strangers (ours):
-    tell what a word sees from what it would see in so many other pictures, of the same process."""
-    def sees(V):
-        a = sparc_alignment(V, T, sigma, softmax)               # (b, L, P)
-        return torch.einsum("blp,bpd->bld", a, V)               # SPARC eq. 5: what each word sees
-    b = torch.arange(len(V), device=V.device)
-    others = [sees(V[(b ^ 4 * n).clamp(max=len(V) - 1)]) for n in range(1, strangers + 1)]
-    local_part = within_pair_loss(sees(V), T, M, scale, per_text, others)
+    SPARC 2. sigma, softmax: as of sparc_alignment; per_text: of within_pair_loss."""
+    a = sparc_alignment(V, T, sigma, softmax)                   # (b, L, P)
+    c = torch.einsum("blp,bpd->bld", a, V)                      # SPARC eq. 5: what each word sees
+    local_part = within_pair_loss(c, T, M, scale, per_text)
     global_part = clip_loss(v, t, scale)
     loss = global_weight * global_part + local_weight * local_part         # SPARC eq. 7
     return {"loss": loss, "global": global_part, "local": local_part}
@@ -471,8 +464,8 @@ OBJECTIVES = {
                       head=MGCA, local="cta"),
     "sparc": Objective(loss_of(sparc_loss, "v t V T M scale"), "sparc_loss",
                        "words with their sparse patches in a pair; and clip",
-                       ("global_weight", "local_weight", "sigma", "softmax", "per_text",
-                        "strangers"), local="local"),
+                       ("global_weight", "local_weight", "sigma", "softmax", "per_text"),
+                       local="local"),
 }
 
 

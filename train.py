@@ -10,7 +10,7 @@ Covers: SPARC 4.1, D.4; FILIP 3.1.1 (the tokens that are sent), 4.1, A.2; Pyrami
 
 Differs from the papers:
 - The defaults suit scenes. SPARC has 16,384 pairs a batch; for the rest of its settings, give
-  `--sigma 1/P --local-weight 1 --strangers 0 --no-patches-through-h`.
+  `--sigma 1/P --local-weight 1 --no-patches-through-h`.
 - Ours are AdamW's beta2 of 0.98, the clipping of gradients, a warm-up of 100 steps (FILIP 3,000,
   SPARC 2,500, PyramidCLIP a tenth). Weight decay is 0.1 (SPARC 0.1 to 0.3, PyramidCLIP 0.2).
 - Files are cropped at random and flipped: SPARC only resizes. Scenes are not: captions tell places.
@@ -97,9 +97,7 @@ def flags():
     add("--softmax", "weight patches by a softmax in place of eqs. 2 to 4", **switch)
     add("--per-text", "average eq. 6 per text first, as printed, not as in Appendix C", **switch)
     add("--global-weight", "weight the global loss in eq. 7", 0.5)
-    add("--local-weight", "weight the local loss; paper: 0.5 to 10 (tiny .5, small .15)", **number)
-    add("--strangers", "tell what a word sees from what it would see in so many other pictures, "
-        "so that it has to look; paper: none (tiny 2)", **whole)
+    add("--local-weight", "weight the local loss; paper: 0.5 to 10 (tiny, small 0.15)", **number)
     group = ap.add_argument_group("FILIP (3.1.1, Table 5)")
     add("--keep", "compare this share of the tokens; the paper's is 0.25", 1.0)
     add("--one-sided", "keep all local tokens, as SPARC's FILIP does (SPARC Table 12)", **switch)
@@ -187,7 +185,7 @@ def fill_in(args):
     scenes, lamb = args.data == "scenes", args.optimizer == "lamb"
     args.model = args.model or ("tiny" if scenes else "small")
     tiny, small = args.model == "tiny", args.model == "small"
-    defaults = dict(out=f"runs/{args.loss}", terms=list(SIX), lam=1 / 3, mu=1 / 3, strangers=0,
+    defaults = dict(out=f"runs/{args.loss}", terms=list(SIX), lam=1 / 3, mu=1 / 3,
                     steps=1000, batch_size=256 if small else 128, crop=0.4, flip=True, lr=5e-4,
                     vocab="learn:4000" if small else "learn:8000", weight_decay=0.1, sigma="1/P",
                     local_weight=1.0, patches_through_h=(tiny or small) and args.pool != "cls",
@@ -195,9 +193,7 @@ def fill_in(args):
     if args.loss == "pyramid":
         defaults["crop"] = 0.9                               # PyramidCLIP 3.2: the global view
     if tiny or small:
-        defaults |= dict(lr=1e-3, sigma=0.5, local_weight=0.15)
-    if tiny:
-        defaults |= dict(lr=1.5e-3, local_weight=0.5, strangers=2)
+        defaults |= dict(lr=1.5e-3 if tiny else 1e-3, sigma=0.5, local_weight=0.15)
     if scenes:
         defaults |= dict(steps=2800, vocab="learn:1000", crop=None, flip=False)
     if lamb:                                                 # FILIP A.2 and Table 9
@@ -218,8 +214,8 @@ def fill_in(args):
 def check(args):
     """Refuse numbers that make no sense, each with one sentence."""
     least = dict(warmup=0, leff=0, eval_every=0, workers=0, lr=0, weight_decay=0, clip_grad=0,
-                 global_weight=0, local_weight=0, strangers=0, layers=1, steps=1, batch_size=1,
-                 accum_steps=1, log_every=1, save_every=1, captions=1)
+                 global_weight=0, local_weight=0, layers=1, steps=1, batch_size=1, accum_steps=1,
+                 log_every=1, save_every=1, captions=1)
     shares = ("max_bad", "paraphrase", "mismatch", "sigma", "lam", "mu")
     for name, value in vars(args).items():
         if name in least and value is not None and value < least[name]:
