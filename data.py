@@ -692,7 +692,7 @@ def open_dataset(path, regions=None, images=None):
     elif kind == ".tar":
         rows = read_shards(expand(path))
     elif not os.path.isfile(file):
-        raise UserError(f"--data {path}: there is no such file; give a table with a first line "
+        raise UserError(f"{path}: there is no such file; give a table with a first line "
                         "image,caption, .jsonl, .json, a folder, .tar files, or `scenes`")
     elif kind == ".json":
         rows = read_json(file, split)
