@@ -942,6 +942,8 @@ def main():
     if args.data != "scenes":
         data = open_dataset(args.data, images=args.images)
     print("drawn into", visualize.draw_samples(data, args.n, args.out or "samples.png"))
+    if getattr(data, "bad", []):
+        print(f"note: {len(data.bad):,} rows are left out; the first: {data.bad[0]}")
 
 
 if __name__ == "__main__":

@@ -236,11 +236,11 @@ def folder_classes(objective, model, tok, data, pictures, v, V, prompts):
         scores = classify(objective, v, V, encode_prompts(model, tok, kinds, some)).cpu()
         for name, x in class_accuracy(scores, label).items():
             zero_shot[name + way] = x, len(v)
-    if label.unique(return_counts=True)[1].min() > 1:
+    if len(label) > 2 and label.unique(return_counts=True)[1].min() > 1:
         test = label.argsort(stable=True).argsort() % 5 == 0  # every fifth, in the classes' order
         probe["class"] = linear_probe(objective, v, V, label, test)
     else:
-        print("note: there is no linear probe, because a class has one picture alone")
+        print("note: there is no linear probe, because a class has too few pictures")
     return {"classification": dict(sorted(zero_shot.items())), "probe": probe}
 
 
@@ -256,7 +256,7 @@ def read_checkpoint(path):
     """A run folder, last.pt or OpenAI CLIP's weights -> a checkpoint of train.py. Or UserError."""
     file = path if os.path.isfile(path) else os.path.join(path, "last.pt")
     if not os.path.isfile(file):
-        raise UserError(f"no checkpoint {file}, no file of weights {path}: train.py --out {path}?")
+        raise UserError(f"no checkpoint {file}, no file of weights {path}: see train.py --out")
     try:
         ckpt = read_weights(file)
         if "visual.conv1.weight" in ckpt:
@@ -550,10 +550,11 @@ def report(measured):
     for group, found in measured.items():
         for key, rows in found.items():
             name = f"{group} {key}"
-            if not isinstance(rows, tuple):
-                intervals[name], values = interval(rows), flat(rows)
-                rows = 100 * sum(values) / max(1, len(values)), len(values)
-            out[group][key], n[name] = rows
+            if isinstance(rows, list) and (values := flat(rows)):
+                intervals[name] = interval(rows)
+                rows = 100 * sum(values) / len(values), len(values)
+            if isinstance(rows, tuple):
+                out[group][key], n[name] = rows
     return out | {"n": n, "interval": intervals}
 
 
@@ -718,7 +719,7 @@ def content_words(words):
 def pair_features(model, tok, data, template, file, progress):
     """Pairs -> v, V, t, T, M of good pictures and of their captions, put into the template; their
     numbers. The bad go to data.bad. From a file if it is there, or else kept in it. UserError."""
-    sums = [x.double().sum().item() for x in model.state_dict().values()]
+    sums = [x.float().view(torch.int32).sum().item() for x in model.state_dict().values()]
     mark = f"{data.fingerprint()} {sums} {template}"  # of this data, this model
     if file and os.path.exists(file):
         try:
@@ -787,8 +788,8 @@ def mask_classes(folder):
     path, names = pathlib.Path(folder, "classes.txt"), VOC
     if path.is_file():
         names = [x.strip() for x in path.read_text("utf-8-sig", "replace").strip().split("\n")]
-    if "" in names or len(set(names)) < len(names):
-        raise UserError(f"{path} has a name that is empty or there twice: give each class its own")
+    if {"", "background"} & {*names} or len({*names}) < len(names) or len(names) > 254:
+        raise UserError(f"{path}: give labels 1 to 254 different names, the background (0) none")
     return names
 
 
@@ -799,14 +800,14 @@ def good_masks(folder, n, bad, progress):
     masks = pathlib.Path(folder, "SegmentationClass")
     names = sorted(path.stem for path in masks.glob("*.png"))
     if listed.is_file():
-        names = listed.read_text().split()
+        names = listed.read_text("utf-8", "replace").split()
     for name in tqdm(names, "pictures", disable=not progress, leave=False):
         mask = masks / f"{name}.png"
         try:
             image = open_image(f"{folder}/JPEGImages/{name}.jpg", 1 << 20)  # not reduced
             labels = np.array(start_image(read_bytes(mask)), int)
             if labels.shape != image.size[::-1] or not {*labels.flat} <= {*range(n + 1), 255}:
-                raise ValueError(f"{labels.shape} for a picture of {image.size}, {labels.max()}")
+                raise ValueError(f"{labels.shape[::-1]} for {image.size}, up to {labels.max()}")
             yield image, torch.from_numpy(labels)
         except Exception as e:  # Pillow's readers raise nearly anything on a damaged file
             bad.append(BadRow(mask, name, f"it must be an index PNG of labels 0 to {n} and 255, of "
@@ -876,12 +877,12 @@ def cell(found, group, key):
 
 
 def table(runs):
-    """{name: metrics} -> a Markdown table, a column a run. Seeds share one: runs of one loss, model
-    and length whose names differ in the number at the end alone, as sparc-0 and sparc-1 do."""
+    """{name: metrics} -> a Markdown table, a column a run. Seeds share one: of one loss, model,
+    length and data, with names that differ in the number at the end alone: sparc-0, sparc-1."""
     groups, n, rows = collections.defaultdict(list), {}, {}
     for name, metrics in runs.items():
         about, start = metrics["about"], re.sub(r"-\d+$", "", name)
-        groups[start, about["loss"], about["model"], about["step"]].append(name)
+        groups[start, *(about.get(k) for k in ("loss", "model", "step", "data"))].append(name)
         n |= metrics.get("n", {})
         rows |= {f"{group} {key}": (group, key) for group in metrics
                  if group not in ("about", "n", "interval") for key in metrics[group]}
@@ -973,7 +974,7 @@ def main():
     add("--markdown", action="store_true", help="print the table for a README")
     add("--device", default="auto", choices=DEVICES, help="where to compute (auto)")
     args = ap.parse_args()
-    if args.runs == ["cost"]:
+    if args.runs[0] == "cost":
         return print(cost_table())
     if args.n < 10:
         raise UserError(f"--n {args.n}: at least 10 scenes are needed")

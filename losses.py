@@ -206,7 +206,7 @@ def filip_loss(V, T, M, scale, keep=1.0, gather_dtype=None, one_sided=False):
 
 
 def clip_filip_loss(v, t, V, T, M, scale, **options):
-    """SPARC's steadier FILIP (D.3, Tables 9, 10): a sum, without weights as far as the paper says.
+    """SPARC's attempt at a steadier FILIP (D.3, Tables 9, 10): the sum; it names no weights.
     options: those of filip_loss. -> {"loss", "global", "local"}"""
     global_part, local_part = clip_loss(v, t, scale), filip_loss(V, T, M, scale, **options)
     return {"loss": global_part + local_part, "global": global_part, "local": local_part}
@@ -364,7 +364,7 @@ class MGCA(nn.Module):
     """MGCA as SPARC runs it (D.3): instances (ITA), tokens (CTA), prototypes (CPA); own scales.
 
     Its public code weights words and patches by the towers' attention to [CLS]: here all count
-    alike. It normalises no attended patches, and means count padding: here neither is so."""
+    alike. It leaves attended patches unnormalised, and counts padding in its means; not so here."""
 
     def __init__(self, dim, prototypes=500, width=128):
         super().__init__()

@@ -480,7 +480,7 @@ class CLIP(nn.Module):
 
 @torch.no_grad()
 def clamp_scales(module):
-    """Keep each learned scale in [1, 100], after a step: a clamp in forward has no gradient."""
+    """Keep each learned scale in 1..100, after a step: a clamp in forward would stop at a bound."""
     for name, p in module.named_parameters():
         if "logit_scale" in name or "log_scale" in name:
             p.clamp_(0, math.log(100))

@@ -215,7 +215,8 @@ def check(args):
     """Refuse numbers that make no sense, each with one sentence."""
     least = dict(warmup=0, leff=0, eval_every=0, workers=0, lr=0, weight_decay=0, clip_grad=0,
                  global_weight=0, local_weight=0, layers=1, steps=1, batch_size=1, accum_steps=1,
-                 log_every=1, save_every=1, captions=1)
+                 log_every=1, save_every=1, captions=1, patch_size=1, width=1, image_size=1,
+                 context_length=1)
     shares = ("max_bad", "paraphrase", "mismatch", "sigma", "lam", "mu")
     for name, value in vars(args).items():
         if name in least and value is not None and value < least[name]:
@@ -329,8 +330,8 @@ def mask_equal_texts(ids, M, k):
 
 
 def in_parts(features, batch, parts):
-    """features(batch), where only a part of the batch fits in memory. Exact: the loss sees all
-    features. Backward computes each part again, one at a time."""
+    """features(batch), where only a part of the batch fits in memory. Exact, but for BatchNorm: the
+    loss sees all features. Backward computes each part again, one at a time."""
     if parts == 1:
         return features(batch)
     chunks = [{name: x.chunk(parts)[i] for name, x in batch.items()} for i in range(parts)]
@@ -583,7 +584,7 @@ class Run:
             self.tok = Tokenizer(ckpt["merges"])
         elif args.init:
             start, self.tok, _ = evaluation.load_run(args.init)
-        elif args.vocab.removeprefix("learn:").isdigit():
+        elif args.vocab.removeprefix("learn:").isdecimal():
             self.tok = Tokenizer.train(self.data.texts(), int(args.vocab.removeprefix("learn:")))
         else:
             self.tok = Tokenizer.clip(args.vocab)
@@ -619,12 +620,12 @@ class Run:
         """Write args.json, and say what is trained."""
         args, text = self.args, json.dumps(vars(self.args), indent=1)
         write(os.path.join(args.out, "args.json"), lambda tmp: pathlib.Path(tmp).write_text(text))
-        if not self.start:
-            pathlib.Path(args.out, "log.csv").unlink(missing_ok=True)
         print(f"{args.loss} on {args.data} from {args.init or 'scratch'}: "
               f"{models.count(self.model):,} parameters, {len(self.data):,} pictures, vocabulary "
               f"{self.tok.vocab_size:,}, {args.steps - self.start} steps of {args.batch_size}, "
               f"{self.world} x {self.device.type}, {args.amp}; results go to {args.out}")
+        if self.bad:
+            print(f"note: {len(self.bad):,} rows can't be used: {args.out}/bad_rows.csv lists them")
         if args.warmup >= args.steps:
             print(f"note: --steps {args.steps} end inside --warmup {args.warmup}: lower it")
         report_texts(self.data, self.tok, self.length)
@@ -707,7 +708,7 @@ def log_step(run, done, losses, f, norm, validation):
     """A row of log.csv. All processes compute, as losses send messages; the first one writes."""
     now, objective = time.perf_counter(), run.module.objective
     rate = run.args.batch_size * (done - run.logged) / (now - run.since)
-    run.since, run.logged = now, done
+    last, run.since, run.logged = run.logged, now, done
     row = {"step": done, **losses}
     with run.autocast:
         scores, _ = evaluation.similarities(objective, *(f[name] for name in "vVtTM"))  # (b, b)
@@ -724,7 +725,7 @@ def log_step(run, done, losses, f, norm, validation):
         run.bar.set_postfix_str(f"loss={row['loss']:.3f}, scale={row['scale']:.1f}, "
                                 f"acc={accuracy:.0f}%, img/s={rate:.0f}, bad={len(run.bad)}")
         row |= dict.fromkeys(VALIDATION, "") | validation
-        add_row(os.path.join(run.args.out, "log.csv"), row)
+        add_row(os.path.join(run.args.out, "log.csv"), row, last)
 
 
 @torch.no_grad()
@@ -741,13 +742,14 @@ def validate(run, done):
         n, b = len(f["v"]), min(len(f["v"]), run.args.batch_size)
         for i in range(0, n - b + 1, b):
             some = {name: x[i:i + b] if x.ndim else x for name, x in f.items()}
-            losses.append(module.objective.loss(some, head, **module.options)["loss"].item())
+            with contextlib.suppress(ValueError):            # the pairs feed none of --terms
+                losses.append(module.objective.loss(some, head, **module.options)["loss"].item())
     prepare(run.model, run.args)
     scores = evaluation.similarities(module.objective, *(f[name] for name in "vVtTM"))
     r = evaluation.retrieval(*scores, torch.arange(n, device=run.device), number_texts(f["ids"]))
     run.bar.write(f"step {done}: validation R@1 {r['i2t_r1']:.1f} / {r['t2i_r1']:.1f} of {n}")
     run.since += time.perf_counter() - start
-    return dict(zip(VALIDATION, (sum(losses) / len(losses), *r.values())))
+    return dict(zip(VALIDATION, (sum(losses) / len(losses) if losses else "", *r.values())))
 
 
 # ----------------------------------------------------------------------------------- a run's files
@@ -778,14 +780,16 @@ def open_run(args):
     return ckpt
 
 
-def add_row(path, row):
-    """Put {column: value} into log.csv, in place of rows from its step on, of a killed run."""
-    lines = [",".join(row)]
-    if os.path.exists(path):
-        rows = pathlib.Path(path).read_text().splitlines()[1:]
-        lines += [line for line in rows if int(line.split(",")[0]) < row["step"]]
-    lines.append(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()))
-    write(path, lambda tmp: pathlib.Path(tmp).write_text("\n".join([*lines, ""])))
+def add_row(path, row, last):
+    """Put {column: value} into log.csv, in place of rows behind step `last`, of a killed run."""
+    def save(temporary):                                     # write makes an OSError a sentence
+        lines = [",".join(row)]
+        if last and os.path.exists(path):
+            rows = [x for x in pathlib.Path(path).read_text().splitlines() if x[:1].isdecimal()]
+            lines += [x for x in rows if int(x.split(",")[0]) <= last]
+        lines.append(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()))
+        pathlib.Path(temporary).write_text("\n".join([*lines, ""]))
+    write(path, save)
 
 
 # ------------------------------------------------------------------------------------ the command

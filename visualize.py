@@ -136,9 +136,11 @@ def flow(items, width, gap=MARGIN):
 
 def letters(text, colour="black", most=4 * SIDE, paper="white"):
     """A line of text as a picture, in smaller letters if it would be wider than `most`."""
-    length = ImageFont.load_default(TEXT).getlength(text)
-    font = ImageFont.load_default(TEXT * min(1, most / length))
-    out = Image.new("RGB", (math.ceil(min(length, most)), int(1.3 * TEXT)), paper)
+    size = TEXT
+    while (length := ImageFont.load_default(size).getlength(text)) > most and size > 2:
+        size *= 0.95  # hinted letters do not shrink in proportion
+    font = ImageFont.load_default(size)
+    out = Image.new("RGB", (max(1, math.ceil(min(length, most))), int(1.3 * TEXT)), paper)
     ImageDraw.Draw(out).text((0, TEXT), text, colour, font=font, anchor="ls")
     return out
 
@@ -248,9 +250,9 @@ def align_row(run, sample, numbered=False, cam=False):
         panels.append(titled("best token of each patch", grid_panel(picture, a.best, marked, grid)))
         legend.append("Numbers: each patch's best token, in red if it is of a word shown.")
     if cam:
-        words = [(sample.text, [0]), *(x for x in words if x[0] != clean(sample.text))]
+        words = {sample.text: [0]} | {k: at for k, at in words if k != clean(sample.text)}
         legend = ["Grad-CAM (bright: the patches that raise the similarity to the text the most)."]
-    for word, at in words:
+    for word, at in dict(words).items() if cam else words:
         x, hit, mask, title = a.shown[at].mean(0), None, None, word
         light = brightness(x, a)
         if cam:
@@ -395,11 +397,11 @@ def draw_truth(image, scene):
 def draw_samples(data, n, path):
     """What the first n samples hold: all texts, on scenes each word on its object's colour, paler,
     and the truth. For `python data.py` -> the PNG's path."""
-    blocks = []
-    for i in range(min(n, len(data))):
-        image, caption = data.pair(i)
-        panels, views, papers = [enlarge(image)], data.views(i, image, caption), ["white"]
-        if isinstance(data, Scenes):
+    blocks, scenes = [], isinstance(data, Scenes)
+    pictures = enumerate(scene["image"] for scene in data) if scenes else data.good(2 * SIDE)
+    for _, (i, image) in zip(range(n), pictures):
+        panels, papers = [enlarge(image)], ["white"]
+        if scenes:
             texts = [[Word(head), *data.words(data.spec(i), style)] for style, head in
                      enumerate(("caption:", "paraphrase:", "paraphrase:"))]
             panels.append(draw_truth(image, data[i]))
@@ -407,6 +409,7 @@ def draw_samples(data, n, path):
             papers = [*(tuple((x + 255) // 2 for x in ink) for ink in inks), "white"]
         else:
             texts = [map(Word, f"text: {text}".split()) for text in data.told[i]]
+        views = data.views(i, image, data.pair(i)[1] if scenes else data.captions[i][0])
         texts += [map(Word, f"{k}: {views[k]}".split()) for k in ("summary", "objects")
                   if k in views]
         told = [flow([letters(text, most=2 * SIDE, paper=papers[k]) for text, k, _ in words],
@@ -426,9 +429,9 @@ def draw_segmentation(runs, samples, path):
         found = evaluation.scene_patches(OBJECTIVES[run.args.loss], run.model, run.tok, scenes)
         for row, sample, (scores, masks) in zip(blocks, mine, found):
             label = scores.argmax(1).view(grid, grid)
-            iou = evaluation.object_ious(label.flatten(), masks).mean()
-            found = coloured(sample.image, sample.scene, label.numpy())
-            row.append(titled(f"{run.name}: mIoU {iou:.0%}", found))
+            pixels = evaluation.object_pixels(label.flatten(), masks)
+            title = f"{run.name}: mIoU {evaluation.object_ious(pixels).mean():.0%}"
+            row.append(titled(title, coloured(sample.image, sample.scene, label.numpy())))
     blocks.append(lines("A patch has the colour of the object whose phrase fits it best; it is "
                         "dark if the background's does."))
     return sheet(blocks, path, 2 + len(runs))

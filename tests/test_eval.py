@@ -729,7 +729,7 @@ def test_real_masks_with_an_untrained_model(tmp_path, loss):
 
 @pytest.mark.parametrize("file, content, sentence", [
     ("SegmentationClass/b.png", b"no picture", "b.png: it must be an index PNG of labels 0 to 3"),
-    ("SegmentationClass/b.png", (70, 70), "of its picture's size .*70, 70.* of .90, 70"),
+    ("SegmentationClass/b.png", (70, 70), "of its picture's size .*70, 70.* for .90, 70"),
     ("SegmentationClass/b.png", 4, "labels 0 to 3 and 255"),
     ("SegmentationClass/b.png", None, "b.png: it must be an index PNG .*no such file"),
     ("JPEGImages/b.jpg", None, "b.png: it must be .*JPEGImages/b.jpg"),
@@ -766,7 +766,7 @@ def test_names_of_masks_classes(tmp_path):
     assert evaluation.mask_classes(tmp_path) == ["star", "red thing"]
     for text in ("star\nstar\n", "star\n\nred\n", ""):
         path.write_text(text)
-        with pytest.raises(UserError, match="classes.txt has a name that is empty or there twice"):
+        with pytest.raises(UserError, match="classes.txt: give labels 1 to 254 different names"):
             evaluation.mask_classes(tmp_path)
 
 
@@ -898,7 +898,7 @@ def test_class_folders_by_hand(tmp_path, by_hand, capsys):
     assert {"the a 0", "the b 1", "the c  2", "the d 0"} < set(by_hand)
     said = capsys.readouterr().out
     assert "1 folders without pictures are left out; the first: nothing_here" in said
-    assert "no linear probe, because a class has one picture alone" in said
+    assert "no linear probe, because a class has too few pictures" in said
 
 
 def test_the_probe_of_class_folders(tmp_path, by_hand):

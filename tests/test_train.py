@@ -575,6 +575,19 @@ def test_killed_runs_end_with_the_same_numbers(tmp_path, monkeypatch):
     assert same_weights(read_checkpoint(whole), read_checkpoint(killed))
 
 
+def test_rows_of_a_killed_run_are_replaced(tmp_path):
+    """Also if the rows come at other steps now, and whatever else stands in the file."""
+    path, folder = tmp_path / "log.csv", tmp_path / "d"
+    path.write_text("step,loss\n20,1\n40,2\n\n\0\0\n60,3\n")
+    train.add_row(str(path), {"step": 50, "loss": 2.5}, 20)
+    assert path.read_text() == "step,loss\n20,1\n50,2.5\n"
+    train.add_row(str(path), {"step": 10, "loss": 9.0}, 0)       # a run that begins
+    assert path.read_text() == "step,loss\n10,9\n"
+    folder.mkdir()
+    with pytest.raises(UserError, match="can't write"):
+        train.add_row(str(folder), {"step": 1}, 0)
+
+
 # the gathers of the other objectives: test_losses.py
 @pytest.mark.parametrize("words", ["filip", "mgca", "sparc", "sparc --accum-steps 2",
                                    "sparc --captions 2", "filip --captions 2 --accum-steps 2"])

@@ -38,7 +38,7 @@ UNSEEN = [pair for k, pair in enumerate(PAIRS) if k % 7 == 3]  # 8 that boxes ne
 
 
 def split(n, name, objects):
-    """n scenes -> [spec, with its picture]. Trained runs have seen none of these."""
+    """n scenes -> [spec, with its picture]. Trained runs have seen none of these pictures."""
     scenes = Scenes(n, 10_000, 56, name, objects, unique=False, family=1)
     return [scenes.spec(i) | {"image": scenes.draw(scenes.spec(i))} for i in range(n)]
 
@@ -168,6 +168,10 @@ def pictures_of(path, size, n, name):
         if not data.classes:
             raise UserError(f"{path}: give a folder with a folder of pictures for each class")
         found, names = list(data.good(size)), data.classes
+        if data.bad:
+            print(f"note: {len(data.bad)} rows are left out; the first: {data.bad[0]}")
+        if not found:
+            raise UserError(f"{path} has no picture that can be read")
         images, labels = [image for _, image in found], [data.label(i) for i, _ in found]
     return to_tensor([center_crop(im, size) for im in images]), torch.tensor(labels), names
 
@@ -187,7 +191,7 @@ class Classifier(nn.Module):
 def tune(net, pictures, labels, epochs, lr, batch=100):
     """PyramidCLIP's schedule: the layer alone for a sixteenth of the epochs, then everything."""
     an_epoch = math.ceil(len(pictures) / batch)
-    steps, alone = epochs * an_epoch, epochs // 16 * an_epoch
+    steps, alone = epochs * an_epoch, epochs * an_epoch // 16
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in tqdm(range(steps), "fine-tuning", leave=False, disable=None):
@@ -237,9 +241,11 @@ def main(argv=None):
     ap.add_argument("--lr", type=float, default=1e-3, help="finetune: the peak rate")
     ap.add_argument("--seed", type=int, default=0, help="of the new weights and the order")
     args = ap.parse_args(argv)
-    more = {"epochs": args.epochs} if args.epochs else {}
+    more = {} if args.epochs is None else {"epochs": max(1, args.epochs)}
     if args.kind == "finetune":
         more |= {"data": args.data, "test": args.test, "lr": args.lr}
+    elif args.data or args.test:
+        raise UserError("--data and --test are for finetune: boxes knows scenes alone")
     for number, (name, folder) in enumerate(zip(evaluation.run_names(args.runs), args.runs)):
         torch.manual_seed(args.seed)
         row = {"boxes": boxes, "finetune": finetune}[args.kind](folder, **more)
