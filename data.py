@@ -20,7 +20,7 @@ import numpy as np
 import regex
 import torch
 from PIL import Image, ImageDraw, ImageOps, JpegImagePlugin, UnidentifiedImageError
-from model import Tokenizer, UserError, write  # Tokenizer is for those who look here
+from model import Tokenizer, UserError  # Tokenizer is for those who look here
 
 # -------------------------------------------------------------------------------------- the scenes
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")

@@ -141,7 +141,7 @@ def measure_boxes(heads, V, t, specs, size, grid, each=300):
 def boxes(folder, n=3000, epochs=100):
     """A run -> its row of the table: AP50 of seen pairs, of unseen ones."""
     model, tok, _ = evaluation.load_run(folder)
-    size, grid = model.config["image_size"], model.visual.grid
+    grid = model.visual.grid
     kinds = [f"{'an' if c[0] == 'o' else 'a'} {c} {s}" for c, s in PAIRS]
     t, _, _ = evaluation.encode_texts(model, tok, kinds)
     train = [spec for spec in split(n, "train", (1, 4))
