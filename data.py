@@ -938,8 +938,9 @@ def main():
             return evaluation.clean_table(*paths, args.images, args.min_side)
         ap.error("the commands are: check PATH, clean IN OUT")
     import visualize
-    data = Scenes(args.n, size=280, split="val")
-    if args.data != "scenes":
+    if args.data == "scenes":
+        data = Scenes(args.n, size=visualize.SIDE, split="val")
+    else:
         data = open_dataset(args.data, images=args.images)
     print("drawn into", visualize.draw_samples(data, args.n, args.out or "samples.png"))
     if getattr(data, "bad", []):

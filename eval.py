@@ -519,8 +519,8 @@ def fit_logistic(x, y, C):
 def linear_probe(objective, v, V, y, test):
     """Logistic regression of classes y (N,) on frozen features v (N,D), V (N,P,D) -> [[hit], ...]
     where test (N,) bool. A fifth of the rest chooses the strength C. PyramidCLIP Tables 4, 11."""
-    x = v if objective.trains_v else V.mean(1)
-    x = F.pad(unit(x.cpu().double()), (0, 1), value=1.0)  # with a 1 for the biases
+    x = objective.picture(v, V).cpu().double()
+    x = F.pad(unit(x), (0, 1), value=1.0)  # with a 1 for the biases
     known = (~test).nonzero()[:, 0]
     val, fit = known[::5], known[torch.arange(len(known)) % 5 > 0]
     right = {C: ((x[val] @ fit_logistic(x[fit], y[fit], C)).argmax(1) == y[val]).sum()
@@ -719,8 +719,9 @@ def content_words(words):
 def pair_features(model, tok, data, template, file, progress):
     """Pairs -> v, V, t, T, M of good pictures and of their captions, put into the template; their
     numbers. The bad go to data.bad. From a file if it is there, or else kept in it. UserError."""
-    sums = [x.float().view(torch.int32).sum().item() for x in model.state_dict().values()]
-    mark = f"{data.fingerprint()} {sums} {template}"  # of this data, this model
+    if file:
+        sums = [x.float().view(torch.int32).sum().item() for x in model.state_dict().values()]
+        mark = f"{data.fingerprint()} {sums} {template}"  # of this data, this model
     if file and os.path.exists(file):
         try:
             saved = dict(np.load(file))
@@ -740,12 +741,11 @@ def pair_features(model, tok, data, template, file, progress):
         raise UserError(f"no picture can be read; the first: {data.bad[0]}")
     texts = [template.replace("{}", text) for i in numbers for text in data.captions[i]]
     found = *map(torch.cat, zip(*images)), *encode_texts(model, tok, texts), numbers
-    saved = {name: x.cpu() for name, x in zip("vVtTM", found)}
-    saved |= {"mark": mark, "numbers": numbers, "bad": [e.args for e in data.bad]}
 
     def save(path):
+        arrays = {name: x.cpu() for name, x in zip("vVtTM", found)}
         with open(path, "wb") as f:  # to a name savez would add .npz
-            np.savez(f, **saved)
+            np.savez(f, mark=mark, numbers=numbers, bad=[e.args for e in data.bad], **arrays)
     if file:
         write(file, save)
     return found

@@ -434,6 +434,10 @@ class Objective(typing.NamedTuple):
     trains_v: bool = True                       # the loss uses v, so the layer h_v before it learns
     local: str = ""                             # the part that compares words, patches of one pair
 
+    def picture(self, v, V):
+        """The vector of a picture (B,D), from v (B,D) and V (B,P,D)."""
+        return v if self.trains_v else V.mean(1)
+
     def score(self, v, V, t, T, M):
         """What ranks texts for a picture (B,C), and pictures for a text (B,C), once trained."""
         if self.late:

@@ -250,16 +250,18 @@ def align_row(run, sample, numbered=False, cam=False):
         panels.append(titled("best token of each patch", grid_panel(picture, a.best, marked, grid)))
         legend.append("Numbers: each patch's best token, in red if it is of a word shown.")
     if cam:
-        words = {sample.text: [0]} | {k: at for k, at in words if k != clean(sample.text)}
+        others = dict.fromkeys(word for word, _ in words if word != clean(sample.text))
+        words = [(sample.text, []), *((word, []) for word in others)]
         legend = ["Grad-CAM (bright: the patches that raise the similarity to the text the most)."]
-    for word, at in dict(words).items() if cam else words:
-        x, hit, mask, title = a.shown[at].mean(0), None, None, word
-        light = brightness(x, a)
+    for word, at in words:
+        hit, mask, title = None, None, word
         if cam:
             x = light = grad_cam(run, image, word)
-            title = {sample.text: "the whole text"}.get(word, word)
-        elif len(at) > 1:
-            title = f"{word} (mean of {len(at)} tokens)"
+            title = "the whole text" if word == sample.text else word
+        else:
+            x = a.shown[at].mean(0)
+            light = brightness(x, a)
+            title = f"{word} (mean of {len(at)} tokens)" if len(at) > 1 else word
         if word in sample.things:
             thing, cover = sample.things[word], evaluation.patch_coverage(sample.masks, grid)
             found = evaluation.word_hits(x.argmax()[None], torch.tensor([thing]), cover)
@@ -398,18 +400,19 @@ def draw_samples(data, n, path):
     """What the first n samples hold: all texts, on scenes each word on its object's colour, paler,
     and the truth. For `python data.py` -> the PNG's path."""
     blocks, scenes = [], isinstance(data, Scenes)
-    pictures = enumerate(scene["image"] for scene in data) if scenes else data.good(2 * SIDE)
-    for _, (i, image) in zip(range(n), pictures):
-        panels, papers = [enlarge(image)], ["white"]
+    for _, (i, found) in zip(range(n), enumerate(data) if scenes else data.good(2 * SIDE)):
+        image = found["image"] if scenes else found
+        panels, papers, caption = [enlarge(image)], ["white"], ""
         if scenes:
             texts = [[Word(head), *data.words(data.spec(i), style)] for style, head in
                      enumerate(("caption:", "paraphrase:", "paraphrase:"))]
-            panels.append(draw_truth(image, data[i]))
-            inks = [INKS[thing.colour] for thing in data[i]["things"]]
+            panels.append(draw_truth(image, found))
+            inks = [INKS[thing.colour] for thing in found["things"]]
             papers = [*(tuple((x + 255) // 2 for x in ink) for ink in inks), "white"]
         else:
             texts = [map(Word, f"text: {text}".split()) for text in data.told[i]]
-        views = data.views(i, image, data.pair(i)[1] if scenes else data.captions[i][0])
+            caption = data.captions[i][0]
+        views = data.views(i, image, caption)  # of scenes the same for every caption
         texts += [map(Word, f"{k}: {views[k]}".split()) for k in ("summary", "objects")
                   if k in views]
         told = [flow([letters(text, most=2 * SIDE, paper=papers[k]) for text, k, _ in words],
@@ -490,7 +493,7 @@ def draw_map(runs, samples, path):
     texts = [join(Scenes.phrase(Thing("", "", ink, "thing", None), 0)) for ink in INKS]
     for run, mine in zip(runs, samples):
         v, V = evaluation.encode_images(run.model, [sample.image for sample in mine])
-        v = v if OBJECTIVES[run.args.loss].trains_v else V.mean(1)
+        v = OBJECTIVES[run.args.loss].picture(v, V)
         t, _, _ = evaluation.encode_texts(run.model, run.tok, texts)
         y = tsne(torch.cat([unit(unit(x) - unit(x).mean(0)) for x in (v, t)]).cpu())
         y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)) * (side - 120) + 60

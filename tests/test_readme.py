@@ -14,8 +14,8 @@ import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-INLINE = re.findall(r"`([^`]+)`", re.sub(r"^```\n(.*?)^```", "", README, flags=re.DOTALL | re.M))
+FENCED = re.compile(r"^```\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCKS, INLINE = FENCED.findall(README), re.findall(r"`([^`]+)`", FENCED.sub("", README))
 
 
 def commands():

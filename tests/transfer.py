@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import eval as evaluation
-from data import COLOURS, HELD_OUT, SHAPES, Scenes, center_crop, normalize, open_dataset, to_tensor
+from data import COLOURS, HELD_OUT, SHAPES, Scenes, Thing, center_crop, join, normalize
+from data import open_dataset, to_tensor
 from losses import OBJECTIVES, unit
 from model import CLIP, UserError
 
@@ -142,7 +143,7 @@ def boxes(folder, n=3000, epochs=100):
     """A run -> its row of the table: AP50 of seen pairs, of unseen ones."""
     model, tok, _ = evaluation.load_run(folder)
     grid = model.visual.grid
-    kinds = [f"{'an' if c[0] == 'o' else 'a'} {c} {s}" for c, s in PAIRS]
+    kinds = [join(Scenes.phrase(Thing("", "", *pair, None), 0)) for pair in PAIRS]
     t, _, _ = evaluation.encode_texts(model, tok, kinds)
     train = [spec for spec in split(n, "train", (1, 4))
              if not any((x.colour, x.shape) in UNSEEN for x in spec["things"])]
@@ -180,12 +181,12 @@ class Classifier(nn.Module):
     """A linear layer on an image tower's v, or on its patches' mean where the loss has no v."""
     def __init__(self, model, objective, classes):
         super().__init__()
-        self.model, self.trains_v = model, objective.trains_v
+        self.model, self.objective = model, objective
         self.top = nn.Linear(model.config["embed_dim"], classes)
 
     def forward(self, pictures):
         v, V = self.model.encode_image(normalize(pictures))
-        return self.top(unit(v if self.trains_v else V.mean(1)) * 10)  # (B, K)
+        return self.top(unit(self.objective.picture(v, V)) * 10)  # (B, K)
 
 
 def tune(net, pictures, labels, epochs, lr, batch=100):
