@@ -3,6 +3,7 @@
     python tests/bench.py objectives              # train every objective with three seeds: a table
     python tests/bench.py pyramid                 # likewise PyramidCLIP's components, step by step
     python tests/bench.py filip                   # late interaction by blocks and by one einsum
+    python tests/bench.py retrieval               # eval.py's similarities at MSCOCO's size
     python tests/bench.py table5                  # FILIP's Table 5 beside a model of its cost
     pip install open_clip_torch && python tests/bench.py step        # a step beside open_clip's
 
@@ -14,11 +15,11 @@ Finished runs are skipped, stopped ones go on: repeat the command until the tabl
 follows a -- goes to train.py, such as `objectives --out runs/wide -- --width 256`; choose another
 OUT then. Each run's output is in its bench.log.
 
-filip and step compare speed, so nothing else should compute meanwhile. Rivals take turns, round by
-round, so that a slow moment hits all of them: filip takes the best round, step the ratios within a
-round. Each rival has a process of its own, and so a peak memory of its own. What its C library does
-with freed memory is its own too: train.py changes that (keep_memory), open_clip does not, and
-"memory kept" is open_clip with that change.
+filip, retrieval and step measure speed, so nothing else should compute meanwhile. Rivals take
+turns, round by round, so that a slow moment hits all of them: filip takes the best round, step the
+ratios within a round. Each rival has a process of its own, and so a peak memory of its own. What
+its C library does with freed memory is its own too: train.py changes that (keep_memory), open_clip
+does not, and "memory kept" is open_clip with that change.
 
 Differs from the papers: scenes, tiny towers and a thousand steps stand for their data and models.
 """
@@ -45,7 +46,7 @@ sys.path.insert(0, str(ROOT))
 import losses
 import model as models
 from data import Batches, Scenes, Tokenizer, normalize
-from eval import late_flops
+from eval import late_flops, retrieval_hits, similarities
 from model import UserError
 from train import keep_memory, make_optimizer, peak_memory, pick_precision
 
@@ -81,6 +82,7 @@ TABLES = {"objectives": ALL_OBJECTIVES, "pyramid": TABLE_5, "table14": TABLE_14}
 COLUMNS = {
     "R@1": (1, ["retrieval i2t_r1", "retrieval t2i_r1"]),
     "shapes": (1, ["classification shape"]),
+    "shape probe": (1, ["probe shape"]),                    # PyramidCLIP Table 4
     "colours": (1, ["classification colour"]),
     "mIoU": (1, ["segmentation miou"]),
     "colour words": (1, ["alignment colour_word_acc"]),
@@ -88,6 +90,7 @@ COLUMNS = {
     "local gap": (2, ["alignment local_gap"]),
     "drop, k = 2": (1, ["alignment drop_k2"]),              # SPARC Table 7
     "K-Pna": (1, ["faithfulness k_pna"]),                   # SPARC Table 2
+    "swap_acc": (1, ["composition swap_acc"]),
     "unseen R@1": (1, ["composition unseen_i2t_r1", "composition unseen_t2i_r1"]),
     "ms a step": (0, ["cost ms_per_step"]),
 }
@@ -351,6 +354,27 @@ def compare_filip(args):
               f"{mb:9,.0f} MB {mb / mb0:7.1f} x")
 
 
+# ------------------------------------------------------------------------------ retrieval at size
+def retrieval_rival(pipe, loss, pictures, captions):
+    """Send the seconds of ranking random features of pictures, five captions each, and the MB."""
+    V, T = torch.randn(pictures, P, D), torch.randn(captions, L, D)
+    M = torch.arange(L) < torch.randint(8, L + 1, (captions, 1))        # (C, L)
+    owner = torch.arange(captions) * pictures // captions
+    start = time.perf_counter()
+    s = similarities(losses.OBJECTIVES[loss], V[:, 0], V, T[:, 0], T, M)
+    retrieval_hits(*s, owner)
+    pipe.send((time.perf_counter() - start, peak_memory()))
+
+
+def measure_retrieval(args):
+    captions = 5 * args.pictures
+    print(f"R@k both ways: {args.pictures:,} pictures, {captions:,} captions, P {P}, L 8 to {L}, "
+          f"D {D}, {torch.get_num_threads()} threads")
+    for loss in args.only or ("clip", "pacl", "filip"):     # the others are ranked as clip
+        seconds, mb = spawn(retrieval_rival, loss, args.pictures, captions).recv()
+        print(f"{loss:12} {seconds:8.1f} s {mb:9,.0f} MB in all")
+
+
 # ----------------------------------------------------------------------- FILIP's Table 5, modelled
 # dimensions, bytes a number, share of the tokens; seconds a step, MB
 FILIP_TABLE_5 = ((512, 4, 1.0, 2.85, 26000), (512, 2, 1.0, 2.67, 23468), (256, 2, 1.0, 2.31, 22382),
@@ -566,6 +590,12 @@ def flags():
     sub.add_argument("--batch", type=at_least_1, default=512, help="pairs (512)")
     sub.add_argument("--only", nargs="+", choices=list(FILIP), help="compare these alone")
     sub.add_argument("--rounds", type=at_least_1, default=2, help="turns of each (2)")
+
+    sub = command("retrieval", "rank pictures and captions as eval.py does", measure_retrieval)
+    sub.add_argument("--pictures", type=at_least_1, default=5000,
+                     help="rank so many, with five captions each (5000)")
+    sub.add_argument("--only", nargs="+", choices=list(losses.OBJECTIVES), metavar="LOSS",
+                     help="measure these alone (clip pacl filip)")
 
     command("table5", "FILIP's Table 5 beside a model of its cost", print_table_5)
 

@@ -106,10 +106,13 @@ def test_a_cell_is_mean_and_deviation_or_a_dash_or_empty():
     gap = {"alignment": {"local_gap": 1.234, "drop_k2": 8.06}, "faithfulness": {"k_pna": 90}}
     lines = bench.table({"clip": seeds, "sparc": [seeds[0] | gap], "mgca": []}).splitlines()
     assert len({len(line) for line in lines}) == 1
-    clip, sparc, mgca = ([x.strip() for x in line.strip("|").split("|")] for line in lines[2:])
-    assert clip == ["clip", "3", "63.0 ± 2.0", *9 * [""], "80"]
-    assert sparc == ["sparc", "1", "61.0", *5 * [""], "1.23", "8.1", "90.0", "", "80"]
-    assert mgca == ["mgca", "0", *11 * ["-"]]
+    heads, _, *rows = ([x.strip() for x in line.strip("|").split("|")] for line in lines)
+    clip, sparc, mgca = (dict(zip(heads, row, strict=True)) for row in rows)
+    empty = dict.fromkeys(bench.COLUMNS, "")
+    assert clip == empty | {"": "clip", "seeds": "3", "R@1": "63.0 ± 2.0", "ms a step": "80"}
+    assert sparc == empty | {"": "sparc", "seeds": "1", "R@1": "61.0", "local gap": "1.23",
+                             "drop, k = 2": "8.1", "K-Pna": "90.0", "ms a step": "80"}
+    assert mgca == dict.fromkeys(bench.COLUMNS, "-") | {"": "mgca", "seeds": "0"}
 
 
 ROWS = bench.ALL_OBJECTIVES | bench.TABLE_5 | bench.TABLE_14
@@ -167,3 +170,11 @@ def test_the_printed_table_5():
 
 def test_table_5_is_a_command(run, capsys):
     assert run("table5") == 0 and capsys.readouterr().out == bench.filip_table() + "\n"
+
+
+def test_retrieval_is_measured_for_each_loss(run, capsys):
+    assert run("retrieval", "--pictures", "20", "--only", "clip", "filip") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert "20 pictures, 100 captions" in head
+    assert [row.split()[0] for row in rows] == ["clip", "filip"]
+    assert all(float(row.split()[1]) >= 0 and int(row.split()[3]) > 50 for row in rows)
