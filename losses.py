@@ -13,8 +13,8 @@ Letters, here and in every einsum:
     M (C,L) bool mask of the texts, True up to and including the first end-of-text token
 Nothing has to be normalised by the caller. scale = exp(logit_scale) = 1 / temperature.
 
-Many processes: each compares its own rows with the columns of all. The means of their losses and
-gradients, which DistributedDataParallel takes, are the whole batch's.
+Many processes: each compares its own rows with the columns of all. DistributedDataParallel takes
+the means of their losses and gradients: the same as in one process with the whole batch.
 
 Differs from the papers:
 - SPARC's eq. 4 is 0/0 for a word to which all patches are alike: 1/P, as the paper's text says.
@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------- CLIP
 def full_precision(loss):
-    """Decorator: in fp32 or fp64, outside autocast; bf16 has steps of 0.5 where logits live."""
+    """Decorator: in fp32 or fp64, outside autocast; near 100, a logit in bf16 has steps of 0.5."""
     def raised(x):
         return x.float() if getattr(x, "dtype", None) in (torch.float16, torch.bfloat16) else x
     @functools.wraps(loss)
@@ -121,20 +121,20 @@ def sparc_alignment(V, T, sigma=None, softmax=False):
 
 
 def within_pair_loss(x, y, M, scale, per_text=False):
-    """x, y (b,L,D), M (b,L): x_l must find y_l among its own pair's positions, and y_l x_l -> the
-    mean over all real positions of all ranks; per_text: over each pair's, then over pairs."""
+    """x, y (b,L,D), M (b,L): x_l must find y_l among its own pair's positions, y_l must find x_l ->
+    the mean over all real positions of all ranks; per_text: over each pair's, then over pairs."""
     x_to_y = scale * torch.einsum("bld,bmd->blm", unit(x), unit(y))                     # (b, L, L)
     own = torch.arange(M.shape[1], device=M.device).where(M, -100)         # -100: padding has none
     loss = 0
-    for s in (x_to_y, x_to_y.transpose(1, 2)):
+    for s in (x_to_y, x_to_y.transpose(1, 2)):                  # SPARC eq. 6, both logarithms
         s = s.masked_fill(~M[:, None], -torch.inf).flatten(0, 1)           # padding is no negative
         loss = loss + F.cross_entropy(s, own.flatten(), reduction="none").view_as(M) / 2
     if per_text:
-        return (loss.sum(1) / M.sum(1)).mean()                  # SPARC eq. 6, as printed
+        return (loss.sum(1) / M.sum(1)).mean()                  # and its mean, as printed
     n = M.sum()
     if world() > 1:                                             # ranks hold unequal numbers
         dist.all_reduce(n)
-    return loss.sum() * world() / n                             # and as its pseudo-code
+    return loss.sum() * world() / n                             # or as in the pseudo-code
 
 
 @full_precision
@@ -154,14 +154,14 @@ def sparc_loss(v, t, V, T, M, scale, global_weight=0.5, local_weight=1.0, sigma=
 # ------------------------------------------------------------------------------------------ FILIP
 def filip_similarity(V, T, M):
     """V (B,P,D), T (C,L,D), M (C,L) -> s_image, s_text (B,C), rows are pictures in both. FILIP 3.1.
-    s_image: similarity of picture b to text c; s_text: of text c to picture b. They differ."""
+    s_image: the paper's s^I, of picture b to text c; s_text: s^T, of text c to picture b."""
     V, T = unit(V), unit(T)
     if len(V) * len(T) * V.shape[1] * T.shape[1] > DENSE:       # faster
         return LateInteraction.apply(V, T, M).unbind()          # faster
     s = torch.einsum("bpd,cld->bcpl", V, T)                     # in half precision under autocast
     to_word = s.masked_fill(~M[:, None], -torch.inf).max(3).values         # FILIP eq. 3  (B, C, P)
     to_patch = s.max(2).values                                                          # (B, C, L)
-    wide = torch.promote_types(s.dtype, torch.float32)          # but no mean is
+    wide = torch.promote_types(s.dtype, torch.float32)          # means are not
     s_image = to_word.to(wide).mean(2)                          # FILIP eq. 4
     s_text = (to_patch.to(wide) * M).sum(2) / M.sum(1)          # FILIP eq. 5
     return s_image, s_text
@@ -169,7 +169,7 @@ def filip_similarity(V, T, M):
 
 def best_tokens(x, real, others, keep):
     """x (b,N,D), real (b,N), others (n,D), this process's tokens of the other kind -> (b,k,D), mask
-    (b,k): a sample's share `keep` of real tokens, 1 at least, with the largest eq. 3 over them."""
+    (b,k): a sample's share `keep` of real tokens, 1 at least, those with the largest eq. 3."""
     with torch.no_grad():
         others = unit(others).T
         score = torch.cat([(some @ others).amax(-1) for some in unit(x).split(16)])     # (b, N)
@@ -326,7 +326,6 @@ def gloria_loss(v, t, V, T, M, scale, scale_local, gather_dtype=None):
 
 class LocalScale(nn.Module):
     """GLoRIA's second learned scale."""
-
     def __init__(self, dim):
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
@@ -348,7 +347,6 @@ def sinkhorn(z, eps=0.05, iters=3):
 
 class CrossAttention(nn.Module):
     """One attention head between words and patches, and back to D."""
-
     def __init__(self, dim, width):
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(dim, width) for _ in range(3))
@@ -365,7 +363,6 @@ class MGCA(nn.Module):
 
     Its public code weights words and patches by the towers' attention to [CLS]: here all count
     alike. It leaves attended patches unnormalised, and counts padding in its means; not so here."""
-
     def __init__(self, dim, prototypes=500, width=128):
         super().__init__()
         self.words_see = CrossAttention(dim, width)
@@ -430,7 +427,7 @@ class Objective(typing.NamedTuple):
     about: str                                  # what it compares, in a line
     options: tuple = ()                         # names of the options of loss that a run can set
     head: typing.Callable = nn.Identity         # head(D) -> module; this one learns nothing
-    late: bool = False                          # words and patches meet one by one, by cosine
+    late: bool = False                          # the best word of each patch counts, as in FILIP
     trains_v: bool = True                       # the loss uses v, so the layer h_v before it learns
     local: str = ""                             # the part that compares words, patches of one pair
 
@@ -593,7 +590,8 @@ def cut_out(name, plain=False):
             needed.add(statement)
             used = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
             queue += [home[each] for each in used if each in home]
-    out = []
+    _, letters, rest = __doc__.partition("Letters, ")
+    out = [f'"""{letters}{rest[:rest.index("Many processes")].rstrip()}"""']
     for statement in statements:
         if statement in needed:
             decorators = getattr(statement, "decorator_list", [])

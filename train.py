@@ -35,7 +35,7 @@ BROUGHT = ("model", "pool", "causal", "patch_size", "layers", "width", "context_
 # Options that may change when a run is resumed: they do not change its numbers.
 FREE = ("out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every",
         "amp", "checkpointing", "val", "images", "max_bad")
-# Columns of log.csv.
+# Columns of log.csv, beside the losses.
 VALIDATION = ("val_loss", *(f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))
 
 
@@ -79,7 +79,7 @@ def flags():
     add("--width", "set both towers' width, a multiple of 64", **whole)
     add("--context-length", "cut texts to so many tokens", **whole)
     add("--causal", "let words see only what stands before them (if --pool cls)", **either)
-    add("--patches-through-h", "patches pass h_v in training too (yes if --pool mean)", **either)
+    add("--patches-through-h", "patches pass h_v in training too (tiny, small)", **either)
     group = ap.add_argument_group("data")
     add("--images", "look here for the pictures that a JSON file names (beside it)")
     add("--val", "validate on these pairs (val.csv beside --data, if there is one)")
@@ -93,11 +93,12 @@ def flags():
     add("--mismatch", "let words and scenes disagree this often, as in PyramidCLIP Figure 1", 0.0)
     add("--workers", "read pictures in so many extra processes (cpu 0, cuda 4)", **whole)
     group = ap.add_argument_group("SPARC (Table 6: --sigma 0, --softmax)")
-    add("--sigma", "set eq. 3's threshold; 1/P is the paper's (tiny, small 0.5)", type=sigma)
-    add("--softmax", "weight patches by a softmax in place of eqs. 2 to 4", **switch)
     add("--per-text", "average eq. 6 per text first, as printed, not as in Appendix C", **switch)
     add("--global-weight", "weight the global loss in eq. 7", 0.5)
     add("--local-weight", "weight the local loss; paper: 0.5 to 10 (tiny, small 0.15)", **number)
+    group = group.add_mutually_exclusive_group()
+    add("--sigma", "set eq. 3's threshold; 1/P is the paper's (tiny, small 0.5)", type=sigma)
+    add("--softmax", "weight patches by a softmax in place of eqs. 2 to 4", **switch)
     group = ap.add_argument_group("FILIP (3.1.1, Table 5)")
     add("--keep", "compare this share of the tokens; the paper's is 0.25", 1.0)
     add("--one-sided", "keep all local tokens, as SPARC's FILIP does (SPARC Table 12)", **switch)
@@ -627,7 +628,7 @@ class Run:
         if self.bad:
             print(f"note: {len(self.bad):,} rows can't be used: {args.out}/bad_rows.csv lists them")
         if args.warmup >= args.steps:
-            print(f"note: --steps {args.steps} end inside --warmup {args.warmup}: lower it")
+            print(f"note: --warmup {args.warmup} is no shorter than --steps {args.steps}: lower it")
         report_texts(self.data, self.tok, self.length)
         if args.loss == "pyramid":
             report_terms(self.data, args)
@@ -796,10 +797,9 @@ def add_row(path, row, last):
 def finish(args):
     """Evaluate and draw, in the first process alone: what a run leaves behind."""
     leave_processes()
-    print(f"trained; evaluating {args.out}")
     if args.data != "scenes" and not args.val:
-        print(f"no --val: evaluate with `python eval.py {args.out} --data PATH`")
-        return
+        return print(f"trained; without --val evaluate by `python eval.py {args.out} --data PATH`")
+    print(f"trained; evaluating {args.out}")
     metrics = evaluation.evaluate(args.out, device=args.device)
     print(evaluation.table({os.path.basename(args.out): metrics}))
     print("pictures: " + ", ".join(visualize.draw_run(args.out, device=args.device)))

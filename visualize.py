@@ -75,10 +75,10 @@ def align(run, image, text):
     means = "dark: the word's mean over the patches or less, bright: the most above it"
     if run.args.loss == "sparc":
         shown = evaluation.attention(run.args, V, T, M)
-        name = "softmax weights" if run.args.softmax else "weights, eqs. 3 and 4"
+        name = "softmax weights" if run.args.softmax else "SPARC's weights, eqs. 3 and 4"
         means = f"dark: an equal share of the word's weight or less, bright: {FULL} times or more"
     ids = run.tok([text], run.model.context_length)[0][0, 1:T.shape[1] - 1].tolist()
-    tokens = ["[BOS]", *(run.tok.symbols[i].replace("</w>", "") for i in ids), "[EOS]"]
+    tokens = ["[BOS]", *(run.tok.symbols[i].replace("</w>", " ") for i in ids), "[EOS]"]
     best = evaluation.best_words(V, T, M)[0].cpu()
     return types.SimpleNamespace(products=products[0].cpu(), shown=shown[0].cpu(), name=name,
                                  means=means, best=best, tokens=tokens)
@@ -115,9 +115,9 @@ def find_words(tok, text, wanted=None, small=SMALL_WORDS):
 def seen_words(run, sample, length):
     """The words to show among `length` tokens -> [(word, positions)]; prints those it loses."""
     words = find_words(run.tok, sample.text, sample.wanted)
-    lost = ", ".join(dict.fromkeys(word for word, at in words if at[-1] >= length - 1))
-    if lost:
-        print(f"note: cut to {length} tokens, wholly or in part cut off: {lost}", file=sys.stderr)
+    if len(run.tok.encode(sample.text)) + 2 > length:
+        lost = ", ".join(dict.fromkeys(word for word, at in words if at[-1] >= length - 1))
+        print(f"note: cut to {length} tokens, without {lost or 'its end'}", file=sys.stderr)
     return [(word, at) for word, at in words if at[-1] < length - 1]
 
 
@@ -239,8 +239,9 @@ def align_row(run, sample, numbered=False, cam=False):
     a = align(run, image, sample.text)
     words = seen_words(run, sample, len(a.tokens))
     marked = {p for _, at in words for p in at}
-    text = [letters(f"{k} {token}" if numbered else token, RED if k in marked else GREY)
-            for k, token in enumerate(a.tokens) if numbered or 0 < k < len(a.tokens) - 1]
+    text = lines("".join(a.tokens[1:-1]))
+    if numbered:
+        text = [letters(f"{k} {x}", RED if k in marked else GREY) for k, x in enumerate(a.tokens)]
     if image.width != image.height:
         share = min(image.size) / max(image.size)
         text.append(letters(f"(the middle {share:.0%} of the picture)", GREY))
@@ -291,7 +292,7 @@ def align_sheet(runs, samples, path, cam=False):
         if found:
             good, chance = map(sum, zip(*found))
             blocks.append(lines(f"{name}: {good} of {len(found)} best patches are on their object; "
-                                f"random ones: {chance:.1f}"))
+                                f"of random patches {chance:.1f} would be"))
     return sheet(blocks, path, columns)
 
 
@@ -371,7 +372,7 @@ def draw_curves(folders, out=None):
     for name in list(names)[1:]:  # not step
         curves = [[(float(row["step"]), float(row[name])) for row in log
                    if math.isfinite(float(row.get(name) or "nan"))] for log in logs]
-        if any(curves):
+        if any(len(curve) > 1 for curve in curves):
             charts.append(titled(name, chart(curves)))
     names = map(letters, evaluation.run_names(folders), COLOURS)
     return sheet([[letters("over steps:"), *names], charts], out)
@@ -435,8 +436,8 @@ def draw_segmentation(runs, samples, path):
             pixels = evaluation.object_pixels(label.flatten(), masks)
             title = f"{run.name}: mIoU {evaluation.object_ious(pixels).mean():.0%}"
             row.append(titled(title, coloured(sample.image, sample.scene, label.numpy())))
-    blocks.append(lines("A patch has the colour of the object whose phrase fits it best; it is "
-                        "dark if the background's does."))
+    blocks.append(lines("Truth: masks and boxes. Runs: a patch has the colour of the object whose "
+                        "phrase fits it best; it is dark if the background's does."))
     return sheet(blocks, path, 2 + len(runs))
 
 

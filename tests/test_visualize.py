@@ -64,7 +64,7 @@ def test_best_tokens_are_the_loops(run, loss):
     """The grid goes by cosine for every objective; similarities are cosines for FILIP alone."""
     a, scene, V, T = aligned(run, loss=loss)
     s, name, best, tokens = a.shown, a.name, a.best, a.tokens
-    assert tokens == ["[BOS]", *scene["caption"].split(), "[EOS]"]
+    assert tokens == ["[BOS]", *(word + " " for word in scene["caption"].split()), "[EOS]"]
     assert s.shape == (len(tokens), 49) and len(tokens) == T.shape[1]
     for p in range(49):
         cos = [torch.cosine_similarity(T[0, l], V[0, p], dim=0).item() for l in range(len(tokens))]
@@ -84,7 +84,7 @@ def test_sparc_shows_its_weights(run, sigma):
     a, _, V, T = aligned(run, sigma=sigma)
     s, name = a.shown, a.name
     number = 1 / 49 if sigma == "1/P" else sigma
-    assert name == "weights, eqs. 3 and 4"
+    assert name == "SPARC's weights, eqs. 3 and 4"
     for row, word in zip(s, T[0]):
         similar = V[0] @ word
         scaled = (similar - similar.min()) / (similar.max() - similar.min())
@@ -114,7 +114,7 @@ def spy_on_text(monkeypatch):
 def test_the_sheet_says_what_it_shows(run, tmp_path, monkeypatch):
     """The legend names weights or similarity, and the marks where the truth is known."""
     said = spy_on_text(monkeypatch)
-    for loss, name in (("sparc", "weights, eqs. 3 and 4 (dark: an equal share"),
+    for loss, name in (("sparc", "SPARC's weights, eqs. 3 and 4 (dark: an equal share"),
                        ("clip", "similarity (dark: the word's mean")):
         made = make_run(tmp_path / loss, loss=loss)
         visualize.draw_run(made, n=1)
@@ -249,7 +249,7 @@ def test_every_word_has_a_panel_and_lost_ones_a_message(draw, monkeypatch, capsy
     assert "tokens" not in capsys.readouterr().err
     draw("--text", " ".join(words * 4), "--words", "cross", "star")
     assert len(shown) == 10 + 3 + 3
-    assert "cut to 32 tokens, wholly or in part cut off: star, cross" in capsys.readouterr().err
+    assert "cut to 32 tokens, without star, cross" in capsys.readouterr().err
 
 
 def test_wide_pictures_are_cut_or_padded(draw, monkeypatch, capsys):
@@ -326,10 +326,10 @@ def test_long_texts_lose_nothing():
 
 
 def test_curves(run, tmp_path, monkeypatch):
-    """A chart for each column that has numbers, the same scale for all runs, colours by run."""
+    """A chart for each column that has lines, the same scale for all runs, colours by run."""
     said, drawn = spy_on_text(monkeypatch), []
     other = make_run(tmp_path / "other")
-    rows = "step,loss,scale,val_loss\n20,4,1,\n40,3,2,9\n60,2,3,\n"
+    rows = "step,loss,scale,val_loss,once\n20,4,1,,\n40,3,2,9,7\n60,2,3,8,\n"
     for folder, text in ((run, rows), (other, rows.replace(",4,", ",8,"))):
         (pathlib.Path(folder) / "log.csv").write_text(text)
     original = visualize.chart
@@ -339,7 +339,7 @@ def test_curves(run, tmp_path, monkeypatch):
     visualize.main()
     assert sorted(said) == sorted(["over steps:", "run", "other", "loss", "scale", "val_loss"])
     assert drawn[0] == [[(20, 4), (40, 3), (60, 2)], [(20, 8), (40, 3), (60, 2)]]
-    assert drawn[2] == [[(40, 9)], [(40, 9)]]
+    assert len(drawn) == 3 and drawn[2] == [[(40, 9), (60, 8)]] * 2, "one point is no line"
     pixels = set(map(tuple, np.asarray(Image.open(tmp_path / "c.png")).reshape(-1, 3)))
     assert {*map(ImageColor.getrgb, visualize.COLOURS[:2])} <= pixels
     paths = visualize.draw_run([run], n=1)
