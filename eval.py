@@ -506,7 +506,6 @@ def fit_logistic(x, y, C):
     """x (N,D), y (N,) -> W (D,K) of the least C * sum of cross-entropies + |W|^2 / 2, by L-BFGS."""
     W = x.new_zeros(x.shape[1], int(y.max()) + 1).requires_grad_()
     fit = torch.optim.LBFGS([W], max_iter=1000, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
-
     def loss():
         fit.zero_grad()
         out = F.cross_entropy(x @ W, y) + W.square().sum() / (2 * C * len(x))
@@ -741,7 +740,6 @@ def pair_features(model, tok, data, template, file, progress):
         raise UserError(f"no picture can be read; the first: {data.bad[0]}")
     texts = [template.replace("{}", text) for i in numbers for text in data.captions[i]]
     found = *map(torch.cat, zip(*images)), *encode_texts(model, tok, texts), numbers
-
     def save(path):
         arrays = {name: x.cpu() for name, x in zip("vVtTM", found)}
         with open(path, "wb") as f:  # to a name savez would add .npz

@@ -21,8 +21,8 @@ PyramidCLIP. As its released model: BatchNorm and activation after each of LeFF'
     among regions is masked, and both crops pass BatchNorm at once.
 FILIP. A.2 does not say how positions follow a larger image: here bicubic.
 PACL. e_v is written from others' descriptions, not from PACL's paper.
-Ours, for CPUs: `tiny`, two layers of SPARC's towers, for the built-in scenes; `small`, a small
-    ResNet under SPARC's pooling, for some thousand photos, too few for a ViT.
+Ours, for CPUs: `tiny`, two layers of SPARC's towers, whose patches see their neighbours alone and
+    words what stands before them, for scenes; `small`, a small ResNet, for some thousand photos.
 """
 import argparse, gzip, heapq, html, math, os, pickle, zipfile
 from collections import Counter, OrderedDict, defaultdict
@@ -77,6 +77,7 @@ class Config(NamedTuple):
     act: str                         # "gelu" or "quickgelu"
     causal: bool = None              # tokens see only what is before them; None: if pool is "cls"
     patches_through_h: bool = False  # patches pass h_v in training too; SPARC: to segment only
+    near: int = 0                    # a patch sees patches so many rows or columns away; 0: all
     stem: tuple = ()                 # convolutions for patches: the blocks in each stage
     leff: int = 0                    # PyramidCLIP's L_s: so many blocks, from the first, have LeFF
     front: int = None                # regions enter behind so many blocks; None: behind leff
@@ -95,8 +96,8 @@ SPARC = dict(embed_dim=512, vocab_size=32000, context_length=55, text_width=768,
              text_heads=12, pool="mean", act="gelu")
 OURS = SPARC | dict(vision_width=128, vision_heads=2, embed_dim=128, text_layers=2)
 CONFIGS = {
-    "tiny": OURS | dict(image_size=56, patch_size=8, vision_layers=2, vocab_size=618,
-                        context_length=32, text_width=128, text_heads=2),
+    "tiny": OURS | dict(image_size=56, patch_size=8, vision_layers=2, near=2, vocab_size=618,
+                        context_length=32, text_width=128, text_heads=2, causal=True),
     "small": OURS | dict(image_size=112, patch_size=16, stem=(2, 2, 2), vision_layers=0,
                          vocab_size=4000, context_length=48, text_width=192, text_heads=3),
     "RN50": RN50 | TEXT | dict(embed_dim=1024),
@@ -274,6 +275,11 @@ class VisionTransformer(nn.Module):
             self.h_v = nn.Sequential(nn.Linear(w, w), nn.GELU())           # SPARC 2
         N = self.grid ** 2 + (c.pool == "cls")
         self.positional_embedding = nn.Parameter(std * torch.randn(N, w))
+        seen = None                                                        # all see all
+        if c.near:                                                         # [CLS] sees all
+            line = torch.ones(2 * [self.grid]).tril(c.near).triu(-c.near)
+            seen = F.pad(torch.kron(line, line), [N - self.grid ** 2, 0] * 2, value=1).bool()
+        self.register_buffer("seen", seen, persistent=False)               # (N, N)
         self.ln_pre = LayerNorm(w)
         self.transformer = Transformer(w, c.vision_layers, c.vision_heads, c.act, c.leff, self.grid)
         self.ln_post = LayerNorm(w)
@@ -303,7 +309,8 @@ class VisionTransformer(nn.Module):
         x = self.patches(images)                                           # (B, P, w)
         if self.pool == "cls":
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
-        f = self.ln_post(self.transformer(self.ln_pre(x + self.positional_embedding)))
+        x = self.transformer(self.ln_pre(x + self.positional_embedding), self.seen)
+        f = self.ln_post(x)
         if self.pool == "cls":
             y = self.adapter(f)                                            # (B, 1 + P, D)
             return y[:, 0], y[:, 1:]
@@ -496,7 +503,7 @@ def variant(config, overrides):
     new = {field: x for field, x in overrides.items() if x not in (None, old[field])}
     c = Config(**old | new)
     of_vits = ("patch_size", "vision_width", "vision_layers", "vision_heads", "pool",
-               "patches_through_h", "leff", "front", "embedder")
+               "patches_through_h", "near", "leff", "front", "embedder")
     wrong = [field for field in new if field in of_vits]
     if wrong and isinstance(old["vision_layers"], tuple):
         raise UserError(f"this is a ResNet, which has no {', '.join(wrong)} to set: take a ViT")
@@ -559,7 +566,7 @@ def export(run, out):
              if not name.startswith(("visual.phi", "visual.roi_norm"))}
     c = model.config
     read = {} if c["stem"] else openai_config(state)
-    read |= dict(causal=True, leff=0, embedder=False, stem=())
+    read |= dict(causal=True, near=0, leff=0, embedder=False, stem=())
     wrong = ", ".join(f"{name}={c[name]}" for name in read if c[name] != read[name])
     if wrong:
         raise UserError(f"{run} is not of CLIP's architecture ({wrong}): train ViT-B/32 or RN50")

@@ -30,12 +30,10 @@ from losses import DTYPES, OBJECTIVES, SIX
 from model import DEVICES, UserError, pick_device, write
 
 # ----------------------------------------------------------------------------------------- options
-BROUGHT = ("model", "pool", "causal", "patch_size", "layers", "width", "context_length", "vocab",
-           "patches_through_h", "leff", "no_leff")           # what the weights of --init decide
-# Options that may change when a run is resumed: they do not change its numbers.
+BROUGHT = ("model", "pool", "causal", "near", "patch_size", "layers", "width", "context_length",
+           "vocab", "patches_through_h", "leff", "no_leff")  # what the weights of --init decide
 FREE = ("out", "resume", "overwrite", "workers", "device", "log_every", "save_every", "eval_every",
-        "amp", "checkpointing", "val", "images", "max_bad")
-# Columns of log.csv, beside the losses.
+        "amp", "checkpointing", "val", "images", "max_bad")  # may change when a run is resumed
 VALIDATION = ("val_loss", *(f"val_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))
 
 
@@ -78,7 +76,8 @@ def flags():
     add("--layers", "set the number of blocks in each tower", **whole)
     add("--width", "set both towers' width, a multiple of 64", **whole)
     add("--context-length", "cut texts to so many tokens", **whole)
-    add("--causal", "let words see only what stands before them (if --pool cls)", **either)
+    add("--causal", "words see only what stands before them (tiny, --pool cls)", **either)
+    add("--near", "patches see only those so many rows or columns away (all; tiny 2)", **whole)
     add("--patches-through-h", "patches pass h_v in training too (tiny, small)", **either)
     group = ap.add_argument_group("data")
     add("--images", "look here for the pictures that a JSON file names (beside it)")
@@ -216,7 +215,7 @@ def check(args):
     """Refuse numbers that make no sense, each with one sentence."""
     least = dict(warmup=0, leff=0, eval_every=0, workers=0, lr=0, weight_decay=0, clip_grad=0,
                  global_weight=0, local_weight=0, layers=1, steps=1, batch_size=1, accum_steps=1,
-                 log_every=1, save_every=1, captions=1, patch_size=1, width=1, image_size=1,
+                 log_every=1, save_every=1, captions=1, near=0, patch_size=1, width=1, image_size=1,
                  context_length=1)
     shares = ("max_bad", "paraphrase", "mismatch", "sigma", "lam", "mu")
     for name, value in vars(args).items():
@@ -324,7 +323,6 @@ def mask_equal_texts(ids, M, k):
     number = number_texts(everyone[..., 0])                  # (B,)
     picture = torch.arange(len(number), device=ids.device) // k          # (B,)
     twins = (number[own, None] == number) & (picture[own, None] != picture)        # (b, B)
-
     def masked(*logits):
         return info_nce(*(s.masked_fill(twins, -1e9) for s in logits))   # as good as -inf
     return masked
@@ -479,7 +477,8 @@ def make_model(args, tok, start=None):
         args.model, vocab_size=tok.vocab_size, context_length=args.context_length, pool=args.pool,
         image_size=args.image_size, patch_size=args.patch_size, vision_layers=args.layers,
         text_layers=args.layers, vision_width=args.width, text_width=args.width, vision_heads=heads,
-        text_heads=heads, patches_through_h=args.patches_through_h, causal=args.causal, **special)
+        text_heads=heads, patches_through_h=args.patches_through_h, causal=args.causal,
+        near=args.near, **special)
 
 
 def prepare(model, args):
@@ -673,7 +672,6 @@ class Run:
         ckpt |= {"step": done, "seconds": time.perf_counter() - self.began,
                  "peak_mb": peak_memory(), "config": self.model.config, "args": vars(self.args),
                  "merges": self.tok.merges, "content": self.content, "bad": list(self.bad)}
-
         def to_disk(path):
             with open(path, "wb") as file:
                 torch.save(ckpt, file)

@@ -212,13 +212,13 @@ def grad_cam(run, image, text):
     convolutions: their last map, its channels weighted by mean gradients (PyramidCLIP Figure 5)."""
     visual, kept = run.model.visual, []
     convolutions = getattr(visual, "layer4", getattr(visual, "stem", None))
-
     def keep(layer, inputs, output):
         if convolutions:
             return kept.append(output)  # (1, w, grid, grid)
         qkv = inputs[0] @ layer.in_proj_weight.T + layer.in_proj_bias  # as model.Attention
         q, k, v = qkv.unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        kept.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1))  # (1, heads, N, N)
+        s = q @ k.mT / q.shape[-1] ** 0.5  # (1, heads, N, N)
+        kept.append((s if visual.seen is None else s.masked_fill(~visual.seen, -1e9)).softmax(-1))
         return layer.out_proj((kept[0] @ v).transpose(1, 2).flatten(2))
     hook = (convolutions or visual.transformer.resblocks[-1].attn).register_forward_hook(keep)
     x = normalize(to_tensor([center_crop(image, run.model.config["image_size"])]))
@@ -392,8 +392,7 @@ def draw_truth(image, scene):
     out = coloured(image, scene, np.where(masks.any(0), masks.argmax(0), -1))
     for thing in scene["things"]:
         x1, y1, x2, y2 = (x * SIDE / len(masks[0]) for x in thing.box)
-        box = x1, y1, x2 - 1, y2 - 1
-        ImageDraw.Draw(out).rectangle(box, outline=INKS[thing.colour], width=2)
+        ImageDraw.Draw(out).rectangle((x1, y1, x2 - 1, y2 - 1), outline=INKS[thing.colour], width=2)
     return out
 
 

@@ -646,6 +646,31 @@ def test_mean_pooled_text_sees_both_ways(causal):
     assert close(first, changed) == causal
 
 
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("near", [0, 1, 2, 3])
+def test_patches_see_their_neighbours(pool, near):
+    """By one block a patch depends on the pixels at most `near` rows and columns away; 0: on all.
+    The picture's vector depends on all pixels."""
+    m, images = small(pool, near=near, vision_layers=1), pictures()
+    v, V = m.encode_image(images)
+    for row, column in ((0, 0), (1, 2)):
+        other = images.clone()
+        other[:, :, 8 * row:8 * row + 8, 8 * column:8 * column + 8] += 1
+        v2, V2 = m.encode_image(other)
+        assert not close(v, v2, 1e-3)
+        for p in range(16):
+            apart = max(abs(p // 4 - row), abs(p % 4 - column))
+            assert close(V[:, p], V2[:, p], 1e-6) == (0 < near < apart), (p, row, column)
+
+
+def test_neighbours_are_no_weights():
+    """They follow from the sizes: files of other values of near, and image sizes, can be read."""
+    wide, narrow = small("mean"), small("mean", near=1)
+    assert wide.state_dict().keys() == narrow.state_dict().keys()
+    assert adapt(narrow, image_size=48).visual.seen.shape == (36, 36)
+    assert small("cls", near=1).visual.seen.shape == (17, 17) and wide.visual.seen is None
+
+
 # ---------------------------------------------------------------- initialisation, scale, precision
 def test_initialisation_of_texts_and_positions():
     torch.manual_seed(0)
@@ -963,7 +988,8 @@ def test_an_exported_run_is_an_openai_file(more, tmp_path, capsys):
 @pytest.mark.parametrize("kind, more, sentence", [
     ("mean", {}, "pool=mean, act=gelu, causal=False"), ("cls", {"leff": 1}, "leff=1"),
     ("cls", {"act": "gelu"}, "act=gelu"), ("cls", {"vision_heads": 4}, "vision_heads=4"),
-    ("cls", {"embedder": True}, "embedder=True"), ("mean", {"stem": (1, 1)}, r"stem=.1, 1.")])
+    ("cls", {"embedder": True}, "embedder=True"), ("mean", {"stem": (1, 1)}, r"stem=.1, 1."),
+    ("cls", {"near": 1}, "near=1")])
 def test_other_towers_are_not_exported(kind, more, sentence, tmp_path):
     """The layout of OpenAI's files says nothing about them, so they would be misread."""
     run = save_run(tmp_path / "run", small(kind, vocab_size=520, **WIDE | more))

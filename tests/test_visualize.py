@@ -406,13 +406,17 @@ def test_refusals(draw, tmp_path, more, options, match):
 
 # ------------------------------------------------------------ Grad-CAM
 class Toy(torch.nn.Module):
-    """A tower of one layer, convolution or attention; v is linear in what it returns."""
-    def __init__(self, convolution):
+    """A tower of one layer, convolution or attention; v is linear in what it returns. A window: the
+    first patch and the last do not see each other."""
+    def __init__(self, convolution, window=False):
         super().__init__()
         self.logit_scale = torch.nn.Parameter(torch.zeros(()))
         self.config, self.convolution = {"image_size": 14}, convolution
         self.visual = torch.nn.Module()
-        self.visual.grid = 2
+        self.visual.grid, self.visual.seen = 2, None
+        if window:
+            self.visual.seen = torch.ones(4, 4, dtype=torch.bool)
+            self.visual.seen[0, 3] = self.visual.seen[3, 0] = False
         if convolution:
             self.visual.add_module(convolution, torch.nn.Conv2d(3, 4, 7, 7))
         else:
@@ -433,7 +437,8 @@ class Toy(torch.nn.Module):
         if self.convolution:
             layer = self.visual.get_submodule(self.convolution)
             return self.head(layer(x.double()).flatten(2).mT), None
-        return self.head(self.visual.transformer.resblocks[0].attn(self.patches(x))), None
+        layer = self.visual.transformer.resblocks[0].attn
+        return self.head(layer(self.patches(x), self.visual.seen)), None
 
 
 def slow_gradient(score, kept):
@@ -446,11 +451,11 @@ def slow_gradient(score, kept):
     return grad
 
 
-@pytest.mark.parametrize("convolution", ["layer4", "stem", ""])
-def test_grad_cam_of_a_toy(convolution, monkeypatch):
+@pytest.mark.parametrize("convolution, window", [("layer4", 0), ("stem", 0), ("", 0), ("", 1)])
+def test_grad_cam_of_a_toy(convolution, window, monkeypatch):
     """Of a ResNet, of small, of a ViT, against gradients by finite differences."""
     torch.manual_seed(3)
-    toy, t = Toy(convolution).double(), torch.randn(1, 3).double()
+    toy, t = Toy(convolution, window).double(), torch.randn(1, 3).double()
     monkeypatch.setattr(evaluation, "encode_texts", lambda *more: (t, None, None))
     noise = np.random.RandomState(0).randint(0, 255, (14, 14, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
@@ -470,7 +475,9 @@ def test_grad_cam_of_a_toy(convolution, monkeypatch):
         qkv = torch.nn.functional.linear(patches, layer.in_proj_weight, layer.in_proj_bias)
         q, k, v = qkv.detach().split(4, 2)
         heads = slice(0, 2), slice(2, 4)
-        kept = torch.stack([(q[..., h] @ k[..., h].mT / 2 ** 0.5).softmax(-1) for h in heads], 1)
+        far = torch.zeros(4, 4, dtype=torch.bool) if toy.visual.seen is None else ~toy.visual.seen
+        products = [(q[..., h] @ k[..., h].mT / 2 ** 0.5).masked_fill(far, -1e9) for h in heads]
+        kept = torch.stack(products, 1).softmax(-1)
 
         def score(a):
             y = torch.cat([a[:, n] @ v[..., h] for n, h in enumerate(heads)], 2)
