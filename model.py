@@ -276,10 +276,10 @@ class VisionTransformer(nn.Module):
         N = self.grid ** 2 + (c.pool == "cls")
         self.positional_embedding = nn.Parameter(std * torch.randn(N, w))
         seen = None                                                        # all see all
-        if c.near:                                                         # [CLS] sees all
-            line = torch.ones(2 * [self.grid]).tril(c.near).triu(-c.near)
+        if c.near:                                                         # [CLS] and all, too
+            line = torch.ones(2 * [self.grid]).tril(c.near).triu(-c.near)  # the patches of a row
             seen = F.pad(torch.kron(line, line), [N - self.grid ** 2, 0] * 2, value=1).bool()
-        self.register_buffer("seen", seen, persistent=False)               # (N, N)
+        self.register_buffer("seen", seen, persistent=False)               # (N, N): q sees k
         self.ln_pre = LayerNorm(w)
         self.transformer = Transformer(w, c.vision_layers, c.vision_heads, c.act, c.leff, self.grid)
         self.ln_post = LayerNorm(w)
