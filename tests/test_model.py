@@ -669,6 +669,8 @@ def test_neighbours_are_no_weights():
     assert wide.state_dict().keys() == narrow.state_dict().keys()
     assert adapt(narrow, image_size=48).visual.seen.shape == (36, 36)
     assert small("cls", near=1).visual.seen.shape == (17, 17) and wide.visual.seen is None
+    with pytest.raises(UserError, match="a ResNet, which has no near"):
+        build("RN50", near=2)
 
 
 # ---------------------------------------------------------------- initialisation, scale, precision

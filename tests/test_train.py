@@ -122,6 +122,7 @@ GOOD = [f"{k}.png,a picture of thing {k}" for k in range(4)]
     ("--loss clip --keep 0.25",
      "--keep means nothing to --loss clip: leave it out, or take --loss filip"),
     ("--loss clip --no-leff", "--no-leff means nothing to --loss clip"),
+    ("--near -1", "--near must be at least 0, not -1"),
     ("--loss filip --per-text", "--per-text means nothing to --loss filip: .* take --loss sparc"),
     ("--loss pyramid --terms GS GS", "twice"),
     ("--loss pyramid --lam 0.7 --mu 0.7", "--lam 0.7"),
