@@ -172,9 +172,9 @@ def test_table_5_is_a_command(run, capsys):
     assert run("table5") == 0 and capsys.readouterr().out == bench.filip_table() + "\n"
 
 
-def test_retrieval_is_measured_for_each_loss(run, capsys):
-    assert run("retrieval", "--pictures", "20", "--only", "clip", "filip") == 0
-    head, *rows = capsys.readouterr().out.splitlines()
+def test_retrieval_is_measured(run, capsys):
+    assert run("retrieval", "--pictures", "20", "--only", "filip") == 0
+    head, row = capsys.readouterr().out.splitlines()
     assert "20 pictures, 100 captions" in head
-    assert [row.split()[0] for row in rows] == ["clip", "filip"]
-    assert all(float(row.split()[1]) >= 0 and int(row.split()[3]) > 50 for row in rows)
+    loss, seconds, _, mb, *_ = row.split()
+    assert loss == "filip" and float(seconds) >= 0 and int(mb) > 50
