@@ -276,8 +276,8 @@ class VisionTransformer(nn.Module):
         N = self.grid ** 2 + (c.pool == "cls")
         self.positional_embedding = nn.Parameter(std * torch.randn(N, w))
         seen = None                                                        # all see all
-        if c.near:                                                         # [CLS] and all, too
-            line = torch.ones(2 * [self.grid]).tril(c.near).triu(-c.near)  # the patches of a row
+        if c.near:                                      # [CLS] and the patches see each other still
+            line = torch.ones(2 * [self.grid]).tril(c.near).triu(-c.near)  # within a row, a column
             seen = F.pad(torch.kron(line, line), [N - self.grid ** 2, 0] * 2, value=1).bool()
         self.register_buffer("seen", seen, persistent=False)               # (N, N): q sees k
         self.ln_pre = LayerNorm(w)

@@ -217,8 +217,8 @@ def grad_cam(run, image, text):
             return kept.append(output)  # (1, w, grid, grid)
         qkv = inputs[0] @ layer.in_proj_weight.T + layer.in_proj_bias  # as model.Attention
         q, k, v = qkv.unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        s = q @ k.mT / q.shape[-1] ** 0.5  # (1, heads, N, N)
-        kept.append((s if visual.seen is None else s.masked_fill(~visual.seen, -1e9)).softmax(-1))
+        s, seen = q @ k.mT / q.shape[-1] ** 0.5, inputs[1]  # (1, heads, N, N), (N, N) or None
+        kept.append((s if seen is None else s.masked_fill(~seen, -torch.inf)).softmax(-1))
         return layer.out_proj((kept[0] @ v).transpose(1, 2).flatten(2))
     hook = (convolutions or visual.transformer.resblocks[-1].attn).register_forward_hook(keep)
     x = normalize(to_tensor([center_crop(image, run.model.config["image_size"])]))

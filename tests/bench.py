@@ -355,11 +355,11 @@ def compare_filip(args):
 
 
 # ------------------------------------------------------------------------------ retrieval at size
-def retrieval_rival(pipe, loss, pictures, captions):
+def retrieval_rival(pipe, loss, pictures):
     """Send the seconds of ranking random features of pictures, five captions each, and the MB."""
-    V, T = torch.randn(pictures, P, D), torch.randn(captions, L, D)
-    M = torch.arange(L) < torch.randint(8, L + 1, (captions, 1))        # (C, L)
-    owner = torch.arange(captions) * pictures // captions
+    owner = torch.arange(pictures).repeat_interleave(5)     # (C,)
+    V, T = torch.randn(pictures, P, D), torch.randn(len(owner), L, D)
+    M = torch.arange(L) < torch.randint(8, L + 1, (len(owner), 1))      # (C, L)
     start = time.perf_counter()
     s = similarities(losses.OBJECTIVES[loss], V[:, 0], V, T[:, 0], T, M)
     retrieval_hits(*s, owner)
@@ -367,11 +367,10 @@ def retrieval_rival(pipe, loss, pictures, captions):
 
 
 def measure_retrieval(args):
-    captions = 5 * args.pictures
-    print(f"R@k both ways: {args.pictures:,} pictures, {captions:,} captions, P {P}, L 8 to {L}, "
-          f"D {D}, {torch.get_num_threads()} threads")
+    print(f"R@k both ways: {args.pictures:,} pictures, {5 * args.pictures:,} captions, P {P}, "
+          f"L 8 to {L}, D {D}, {torch.get_num_threads()} threads")
     for loss in args.only or ("clip", "pacl", "filip"):     # the others are ranked as clip
-        seconds, mb = spawn(retrieval_rival, loss, args.pictures, captions).recv()
+        seconds, mb = spawn(retrieval_rival, loss, args.pictures).recv()
         print(f"{loss:12} {seconds:8.1f} s {mb:9,.0f} MB in all")
 
 
