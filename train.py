@@ -277,6 +277,11 @@ def leave_processes():
         time.sleep(0.2)
 
 
+def outlive_sigterm(worker):
+    """In a data worker: schedulers signal all processes, but it is the run that ends its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def keep_memory():
     """Let Linux's C library keep freed memory: a small model's steps are up to a third faster."""
     with contextlib.suppress(OSError, AttributeError, TypeError):        # no such library
@@ -545,10 +550,7 @@ class Run:
         self.autocast = torch.autocast(self.device.type, DTYPES.get(args.amp), args.amp != "off")
         self.open_data(ckpt)
         self.build(ckpt)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)         # data workers inherit that; I end them
-        self.loader = self.load()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *sent: self.signals.append(sent))
+        self.loader, self.batches = self.load(), None
         self.parallel = self.module
         if self.world > 1 and self.gpu:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
@@ -604,7 +606,7 @@ class Run:
             self.val = make_validation(args, self.tok, self.size, self.length)
 
     def load(self):
-        """Iterator over this process's share of every batch that is to come."""
+        """The loader of this process's share of every batch that is to come."""
         args, share = self.args, self.args.batch_size // self.world
         batches = Batches(self.data, self.tok, args.batch_size, self.size, self.length, args.seed,
                           args.crop, self.rank, self.world, args.loss == "pyramid", args.local_crop,
@@ -612,9 +614,16 @@ class Run:
         if share % args.accum_steps:
             raise UserError(f"--accum-steps {args.accum_steps} does not divide the {share} pairs "
                             f"of each process: choose a divisor")
-        return iter(torch.utils.data.DataLoader(
+        return torch.utils.data.DataLoader(
             batches, sampler=range(self.start, args.steps), batch_size=None, pin_memory=self.gpu,
-            num_workers=args.workers))
+            num_workers=args.workers, worker_init_fn=outlive_sigterm)
+
+    def begin(self):
+        """Start the data workers, and let signals end the run after the step at hand."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)         # the workers inherit that
+        self.batches = iter(self.loader)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *sent: self.signals.append(sent))
 
     def announce(self):
         """Write args.json, and say what is trained."""
@@ -634,7 +643,7 @@ class Run:
 
     def draw(self):
         """The next batch, a dict of tensors, on the device."""
-        batch = next(self.loader)
+        batch = next(self.batches)
         if "error" in batch:
             raise BadData(batch["error"])
         self.found = list(map(tuple, batch.pop("bad", [])))
@@ -683,7 +692,8 @@ class Run:
 def train(args):
     """-> True in the first process of a complete run, which then calls finish. Raises UserError."""
     run = Run(args)
-    with run.bar:
+    try:
+        run.begin()
         for step in range(run.start, args.steps):
             losses, f, norm = training_step(run, step)
             run.bar.update()
@@ -697,6 +707,9 @@ def train(args):
                 run.save(done)
             if run.asked:
                 break
+    finally:
+        run.bar.close()
+        run.batches = None                                   # ends the workers
     if run.asked and run.first:
         print(f"stopped after step {done}; --resume goes on from there")
     return run.first and not run.asked

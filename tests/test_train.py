@@ -9,6 +9,7 @@ import csv
 import gzip
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -489,11 +490,15 @@ def test_a_broken_run_resumes_to_the_same_numbers(go, tmp_path, words):
     assert same_weights(read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "run"))
 
 
-def test_sigterm_saves_and_ends(go, monkeypatch, tmp_path, capsys):
+def test_a_signal_to_all_processes_saves_and_ends(go, monkeypatch, tmp_path, capsys):
+    """As Slurm and `timeout` send it: the data workers get it too."""
     def terminate():
-        os.kill(os.getpid(), signal.SIGTERM)
+        workers = multiprocessing.active_children()
+        assert workers
+        for process in (*workers, multiprocessing.current_process()):
+            os.kill(process.pid, signal.SIGTERM)
     before_clamp(monkeypatch, 3, terminate)
-    assert go("--loss", "clip", "--save-every", 100) is False
+    assert go("--loss", "clip", "--save-every", 100, "--workers", 1) is False
     assert read_checkpoint(tmp_path / "run")["step"] == 4
     assert "--resume goes on from there" in capsys.readouterr().out
 
