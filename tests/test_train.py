@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 import train
+from conftest import AS_STARTED
 from data import Batches, Scenes, Tokenizer
 from model import BYTES, MERGES, UserError, build
 from test_model import hierarchy
@@ -1020,3 +1021,32 @@ def test_train_py_says_so(variables, tmp_path):
                        env=clear | variables, capture_output=True, text=True)
     assert r.returncode == 2 and r.stderr.startswith("train.py: the environment has")
     assert len(r.stderr.splitlines()) == 1 and not os.listdir(tmp_path)
+
+
+ON_A_GPU = """
+import sys, torch, train
+if not torch.cuda.is_available():
+    sys.exit(3)
+small = sys.argv[1:]
+for loss in train.OBJECTIVES:
+    for run in ("cpu off 1", "cuda off 1", "cuda bf16 2", "cuda fp16 2"):
+        device, amp, parts = run.split()
+        sys.argv[1:] = [*small, "--loss", loss, "--device", device, "--amp", amp,
+                        "--accum-steps", parts, "--out", f"{loss} {run}"]
+        train.train(train.options())
+"""
+
+
+def test_a_gpu_finds_what_a_cpu_finds(tmp_path):
+    """Every objective's losses of six steps, in full and in half precision; skipped on a CPU."""
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU, *SMALL], cwd=tmp_path, text=True,
+                          env=AS_STARTED | {"PYTHONPATH": ROOT}, capture_output=True)
+    if done.returncode == 3:
+        pytest.skip("there is no GPU")
+    assert done.returncode == 0, done.stderr
+    for loss in train.OBJECTIVES:
+        runs = {p.name[len(loss) + 1:]: read_rows(p) for p in tmp_path.glob(f"{loss} *")}
+        want = [float(row["loss"]) for row in runs.pop("cpu off 1")]
+        for run, rows in runs.items():
+            bound = 1e-3 if "off" in run else 0.05
+            assert [float(row["loss"]) for row in rows] == pytest.approx(want, rel=bound), (loss, run)
