@@ -10,8 +10,7 @@ PyramidCLIP 3.1 to 3.3 (summary, global and local view, object phrases, regions)
 
 Differs from the papers: they train on 15 million pairs (PyramidCLIP's ablations) to 6.1 billion
 (SPARC's three sets), `Scenes` draws its own. Rules stand in for FILIP's translator, PyramidCLIP's
-T5 and its detector; files may bring their own (see Pairs). Files get random crops and flips;
-FILIP's AutoAugment taught less in the same time.
+T5 and its detector; files may bring their own (see Pairs). Files get crops and flips alone.
 """
 import argparse, contextlib, csv, functools, gc, glob, hashlib, io, itertools, json, math, os
 import random, tarfile

@@ -32,8 +32,8 @@ Differs from the papers: scenes' prompts and classes are phrases of their captio
 background: its text ("on sand", of masks "background") and the threshold are ours; miou_objects is
 the paper's (4.5, D.7). CLIP+FILIP goes by its global embeddings, as in SPARC's Table 9.
 """
-import argparse, collections, contextlib, csv, functools, hashlib, itertools, json, math, os
-import pathlib, re, statistics, sys
+import argparse, collections, contextlib, csv, functools, hashlib, io, itertools, json, math
+import os, pathlib, re, statistics, sys
 import numpy as np
 import regex
 import torch
@@ -61,10 +61,9 @@ def count_faults(rows):
 
 def list_faults(path, rows, columns=("where", "what", "reason")):
     """Write rows into a CSV file."""
-    def save(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
-            csv.writer(f).writerows([columns, *rows])
-    write(path, save)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    write(path, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")))
 
 
 def inspect(pairs, i):
@@ -218,10 +217,6 @@ def class_names(data):
     if lacks:
         raise UserError(f"{path} gives no name to {len(lacks)} folders, the first is {lacks[0]}: "
                         f"each needs a line `folder,name`")
-    empty = [e.name for e in os.scandir(data.folder) if e.is_dir()
-             and e.name.replace("_", " ") not in data.classes and e.name[0] != "."]
-    if empty:
-        print(f"note: {len(empty)} folders without pictures are left out; the first: {empty[0]}")
     return [names[folder] for folder in data.classes]
 
 
@@ -740,12 +735,10 @@ def pair_features(model, tok, data, template, file, progress):
         raise UserError(f"no picture can be read; the first: {data.bad[0]}")
     texts = [template.replace("{}", text) for i in numbers for text in data.captions[i]]
     found = *map(torch.cat, zip(*images)), *encode_texts(model, tok, texts), numbers
-    def save(path):
-        arrays = {name: x.cpu() for name, x in zip("vVtTM", found)}
-        with open(path, "wb") as f:  # to a name savez would add .npz
-            np.savez(f, mark=mark, numbers=numbers, bad=[e.args for e in data.bad], **arrays)
     if file:
-        write(file, save)
+        kept = {name: x.cpu() for name, x in zip("vVtTM", found)} | {"mark": mark}
+        kept |= {"numbers": numbers, "bad": [e.args for e in data.bad]}
+        write(file, lambda opened: np.savez(opened, **kept))
     return found
 
 
@@ -856,7 +849,7 @@ def evaluate(folder, data=None, n=1000, device="cpu", progress=True, images=None
     about = {"loss": args.loss, "model": args.model, "data": data, "step": args.step}
     metrics |= {"cost": args.cost, "about": about | metrics.pop("about", {})}
     text = json.dumps(metrics, indent=1)
-    write(place(folder, "metrics.json"), lambda path: pathlib.Path(path).write_text(text))
+    write(place(folder, "metrics.json"), lambda file: file.write(text.encode()))
     return metrics
 
 
@@ -985,10 +978,6 @@ def main():
     if args.json:
         return print(json.dumps(runs, indent=1))
     print(table(runs) if args.markdown else table(runs).replace("|", " "))
-    for key, reason in (("local_gap", "only sparc's and mgca's losses have a part within a pair"),
-                        ("drop_k2", "only sparc's and gloria's losses weight patches for a word")):
-        if 0 < sum(key in m.get("alignment", {}) for m in runs.values()) < len(runs):
-            print(f"{key}: a dash: {reason}")
 
 
 if __name__ == "__main__":

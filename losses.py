@@ -19,7 +19,7 @@ the means of their losses and gradients: the same as in one process with the who
 Differs from the papers:
 - SPARC's eq. 4 is 0/0 for a word to which all patches are alike: 1/P, as the paper's text says.
 - SPARC's eq. 6 is printed as a mean over each text's tokens, then over texts: per_text=True. The
-  default is appendix C's: one mean over all tokens of the batch.
+  default is appendix C's: one mean over all tokens of the batch. spare, 0 by default, is ours.
 - FILIP 3.1.1 does not say of what it sends 25%: here of a sample's real tokens, one at least.
 - PACL, GLoRIA and MGCA are SPARC's versions, from its text and GLoRIA's and MGCA's public code:
   trained from scratch, learned temperatures.
@@ -120,14 +120,17 @@ def sparc_alignment(V, T, sigma=None, softmax=False):
     return s_til / s_til.sum(-1, keepdim=True)                  # SPARC eq. 4: the sum is 1 or more
 
 
-def within_pair_loss(x, y, M, scale, per_text=False):
+def within_pair_loss(x, y, M, scale, per_text=False, spare=0):
     """x, y (b,L,D), M (b,L): x_l must find y_l among its own pair's positions, y_l must find x_l ->
-    the mean over all real positions of all ranks; per_text: over each pair's, then over pairs."""
+    the mean over all real positions of all ranks; per_text: over each pair's, then over pairs.
+    spare: the positions up to so many places before and behind l are no negatives of l."""
     x_to_y = scale * torch.einsum("bld,bmd->blm", unit(x), unit(y))                     # (b, L, L)
-    own = torch.arange(M.shape[1], device=M.device).where(M, -100)         # -100: padding has none
+    l = torch.arange(M.shape[1], device=M.device)
+    own, away = l.where(M, -100), (l[:, None] - l).abs()        # -100: padding has none
+    out = ~M[:, None] | ((away > 0) & (away <= spare))          # no negatives          (b, L, L)
     loss = 0
     for s in (x_to_y, x_to_y.transpose(1, 2)):                  # SPARC eq. 6, both logarithms
-        s = s.masked_fill(~M[:, None], -torch.inf).flatten(0, 1)           # padding is no negative
+        s = s.masked_fill(out, -torch.inf).flatten(0, 1)
         loss = loss + F.cross_entropy(s, own.flatten(), reduction="none").view_as(M) / 2
     if per_text:
         return (loss.sum(1) / M.sum(1)).mean()                  # and its mean, as printed
@@ -139,13 +142,13 @@ def within_pair_loss(x, y, M, scale, per_text=False):
 
 @full_precision
 def sparc_loss(v, t, V, T, M, scale, global_weight=0.5, local_weight=1.0, sigma=None, softmax=False,
-               per_text=False):
+               per_text=False, spare=0):
     """v t (b,D), V (b,P,D), T (b,L,D), M (b,L) of the same pairs -> {"loss", "global", "local"}.
 
-    SPARC 2. sigma, softmax: as of sparc_alignment; per_text: of within_pair_loss."""
+    SPARC 2. sigma, softmax: as of sparc_alignment; per_text, spare: of within_pair_loss."""
     a = sparc_alignment(V, T, sigma, softmax)                   # (b, L, P)
     c = torch.einsum("blp,bpd->bld", a, V)                      # SPARC eq. 5: what each word sees
-    local_part = within_pair_loss(c, T, M, scale, per_text)
+    local_part = within_pair_loss(c, T, M, scale, per_text, spare)
     global_part = clip_loss(v, t, scale)
     loss = global_weight * global_part + local_weight * local_part         # SPARC eq. 7
     return {"loss": loss, "global": global_part, "local": local_part}
@@ -465,7 +468,7 @@ OBJECTIVES = {
                       head=MGCA, local="cta"),
     "sparc": Objective(loss_of(sparc_loss, "v t V T M scale"), "sparc_loss",
                        "words with their sparse patches in a pair; and clip",
-                       ("global_weight", "local_weight", "sigma", "softmax", "per_text"),
+                       ("global_weight", "local_weight", "sigma", "softmax", "per_text", "spare"),
                        local="local"),
 }
 

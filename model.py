@@ -38,10 +38,13 @@ class UserError(Exception):
 
 
 def write(path, save):
-    """Write a file as a whole or not at all: save(temporary path), then rename. Else UserError."""
+    """Write a file as a whole or not at all: save(a binary file), then rename. Else UserError."""
     temporary = path + ".tmp"
     try:
-        save(temporary)
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         if os.path.exists(temporary):
@@ -570,7 +573,7 @@ def export(run, out):
     wrong = ", ".join(f"{name}={c[name]}" for name in read if c[name] != read[name])
     if wrong:
         raise UserError(f"{run} is not of CLIP's architecture ({wrong}): train ViT-B/32 or RN50")
-    write(out, lambda temporary: torch.save(state, temporary))
+    write(out, lambda file: torch.save(state, file))
     print(f"written: {out}")
 
 

@@ -10,12 +10,11 @@ Covers: SPARC 4.1, D.4; FILIP 3.1.1 (the tokens that are sent), 4.1, A.2; Pyrami
 
 Differs from the papers:
 - The defaults suit scenes. SPARC has 16,384 pairs a batch; for the rest of its settings, give
-  `--sigma 1/P --local-weight 1 --no-patches-through-h --near 0`.
+  `--sigma 1/P --local-weight 1 --spare 0 --no-patches-through-h --near 0`.
 - Ours are AdamW's beta2 of 0.98, the clipping of gradients, a warm-up of 100 steps (FILIP 3,000,
   SPARC 2,500, PyramidCLIP a tenth). Weight decay is 0.1 (SPARC 0.1 to 0.3, PyramidCLIP 0.2).
 - Files are cropped at random and flipped: SPARC only resizes. Scenes are not: captions tell places.
-- --init takes a thirtieth of the rate, as FILIP: 6e-3 (Table 9), then 2e-4 (Table 10). PyramidCLIP
-  gets no LeFF then. What an objective adds (PACL's e_v, phi, MGCA's and GLoRIA's heads) is new.
+- --init takes a thirtieth of the rate, as FILIP: 6e-3 (Table 9), then 2e-4 (Table 10).
 - BatchNorm (RN50, LeFF, small) sees one part of --accum-steps; on CPUs, one process's pictures.
 """
 import argparse, contextlib, copy, ctypes, itertools, json, math, os, pathlib, signal, sys, time
@@ -93,6 +92,7 @@ def flags():
     add("--workers", "read pictures in so many extra processes (cpu 0, cuda 4)", **whole)
     group = ap.add_argument_group("SPARC (Table 6: --sigma 0, --softmax)")
     add("--per-text", "average eq. 6 per text first, as printed, not as in Appendix C", **switch)
+    add("--spare", "words so near to a word are no negatives of it, eq. 6 (0, tiny 2)", **whole)
     add("--global-weight", "weight the global loss in eq. 7", 0.5)
     add("--local-weight", "weight the local loss; paper: 0.5 to 10 (tiny, small 0.15)", **number)
     group = group.add_mutually_exclusive_group()
@@ -186,12 +186,12 @@ def fill_in(args):
     args.model = args.model or ("tiny" if scenes else "small")
     tiny, small = args.model == "tiny", args.model == "small"
     defaults = dict(out=f"runs/{args.loss}", terms=list(SIX), lam=1 / 3, mu=1 / 3,
-                    steps=1000, batch_size=256 if small else 128, crop=0.4, flip=True, lr=5e-4,
-                    vocab="learn:4000" if small else "learn:8000", weight_decay=0.1, sigma="1/P",
-                    local_weight=1.0, patches_through_h=(tiny or small) and args.pool != "cls",
+                    crop=0.9 if args.loss == "pyramid" else 0.4, flip=True,      # 0.9: its 3.2
+                    steps=1000, batch_size=256 if small else 128, lr=5e-4, weight_decay=0.1,
+                    vocab="learn:4000" if small else "learn:8000", spare=2 if tiny else 0,
+                    sigma="1/P", local_weight=1.0,
+                    patches_through_h=(tiny or small) and args.pool != "cls",
                     workers=4 if args.device == "cuda" else 0)   # they would take a CPU's cores
-    if args.loss == "pyramid":
-        defaults["crop"] = 0.9                               # PyramidCLIP 3.2: the global view
     if tiny or small:
         defaults |= dict(lr=1.5e-3 if tiny else 1e-3, sigma=0.5, local_weight=0.15)
     if scenes:
@@ -216,7 +216,7 @@ def check(args):
     least = dict(warmup=0, leff=0, eval_every=0, workers=0, lr=0, weight_decay=0, clip_grad=0,
                  global_weight=0, local_weight=0, layers=1, steps=1, batch_size=1, accum_steps=1,
                  log_every=1, save_every=1, captions=1, near=0, patch_size=1, width=1, image_size=1,
-                 context_length=1)
+                 context_length=1, spare=0)
     shares = ("max_bad", "paraphrase", "mismatch", "sigma", "lam", "mu")
     for name, value in vars(args).items():
         if name in least and value is not None and value < least[name]:
@@ -278,7 +278,7 @@ def leave_processes():
 
 
 def outlive_sigterm(worker):
-    """In a data worker: schedulers signal all processes, but it is the run that ends its workers."""
+    """In a data worker: schedulers signal all processes, but the run ends its workers itself."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -516,8 +516,6 @@ def report_terms(data, args):
     if lost:
         why = " and ".join(missing.values())
         print(f"note: without {why} the terms {' '.join(lost)} fall away")
-    if not getattr(data, "summaries", True):
-        print("note: without the column summary, a caption's first clause is its summary")
 
 
 def report_texts(data, tok, length):
@@ -628,7 +626,7 @@ class Run:
     def announce(self):
         """Write args.json, and say what is trained."""
         args, text = self.args, json.dumps(vars(self.args), indent=1)
-        write(os.path.join(args.out, "args.json"), lambda tmp: pathlib.Path(tmp).write_text(text))
+        write(os.path.join(args.out, "args.json"), lambda file: file.write(text.encode()))
         print(f"{args.loss} on {args.data} from {args.init or 'scratch'}: "
               f"{models.count(self.model):,} parameters, {len(self.data):,} pictures, vocabulary "
               f"{self.tok.vocab_size:,}, {args.steps - self.start} steps of {args.batch_size}, "
@@ -681,12 +679,7 @@ class Run:
         ckpt |= {"step": done, "seconds": time.perf_counter() - self.began,
                  "peak_mb": peak_memory(), "config": self.model.config, "args": vars(self.args),
                  "merges": self.tok.merges, "content": self.content, "bad": list(self.bad)}
-        def to_disk(path):
-            with open(path, "wb") as file:
-                torch.save(ckpt, file)
-                file.flush()
-                os.fsync(file.fileno())
-        write(os.path.join(self.args.out, "last.pt"), to_disk)
+        write(os.path.join(self.args.out, "last.pt"), lambda file: torch.save(ckpt, file))
 
 
 def train(args):
@@ -794,13 +787,13 @@ def open_run(args):
 
 def add_row(path, row, last):
     """Put {column: value} into log.csv, in place of rows behind step `last`, of a killed run."""
-    def save(temporary):                                     # write makes an OSError a sentence
+    def save(file):                                          # write makes an OSError a sentence
         lines = [",".join(row)]
         if last and os.path.exists(path):
             rows = [x for x in pathlib.Path(path).read_text().splitlines() if x[:1].isdecimal()]
             lines += [x for x in rows if int(x.split(",")[0]) <= last]
         lines.append(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in row.values()))
-        pathlib.Path(temporary).write_text("\n".join([*lines, ""]))
+        file.write("\n".join([*lines, ""]).encode())
     write(path, save)
 
 

@@ -159,7 +159,7 @@ def sheet(blocks, path, columns=COLUMNS):
     width = min(COLUMNS, max(4, columns)) * (SIDE + MARGIN) - MARGIN
     out = flow([flow(block, width) for block in blocks if block], width, 2 * MARGIN)
     out = ImageOps.expand(out, 2 * MARGIN, "white")
-    write(path, lambda temporary: out.save(temporary, format="PNG"))
+    write(path, lambda file: out.save(file, format="PNG"))
     return path
 
 
@@ -336,7 +336,7 @@ def align_page(runs, samples, path, curves=()):
     charts = [f'<img alt="log.csv, over steps" src="{data_url(Image.open(x))}">' for x in curves]
     html = pathlib.Path(__file__).with_name("page.html").read_text("utf-8")
     html = html.replace("@CURVES@", "".join(charts)).replace("@DATA@", text)
-    write(path, lambda temporary: pathlib.Path(temporary).write_text(html, encoding="utf-8"))
+    write(path, lambda file: file.write(html.encode()))
     return path
 
 

@@ -70,8 +70,9 @@ def sparc_weights(word, patches, sigma, use_softmax):
 
 
 def sparc(v, t, V, T, M, g, global_weight=0.5, local_weight=1.0, sigma=None, softmax=False,
-          per_text=False):
-    """SPARC eqs. (5) to (7). per_text: eq. (6) as printed, else the mean of appendix C's code."""
+          per_text=False, spare=0):
+    """SPARC eqs. (5) to (7). per_text: eq. (6) as printed, else the mean of appendix C's code.
+    spare: words up to so many places away are no negatives."""
     P = V.shape[1]
     of_texts = []
     for patches, text, real in zip(V, T, M):
@@ -81,8 +82,10 @@ def sparc(v, t, V, T, M, g, global_weight=0.5, local_weight=1.0, sigma=None, sof
             seen.append(sum(a[p] * patches[p] for p in range(P)))                      # SPARC eq. 5
         of_words = []
         for l in range(len(words)):
-            forth = info_nce([g * cosine(seen[l], word) for word in words], l)
-            back = info_nce([g * cosine(words[l], c) for c in seen], l)
+            others = [m for m in range(len(words)) if m == l or abs(m - l) > spare]
+            own = others.index(l)
+            forth = info_nce([g * cosine(seen[l], words[m]) for m in others], own)
+            back = info_nce([g * cosine(words[l], seen[m]) for m in others], own)
             of_words.append((forth + back) / 2)
         of_texts.append(of_words)
     if per_text:

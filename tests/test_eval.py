@@ -833,8 +833,7 @@ def test_seeds_of_one_objective_become_one_column():
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    """--json prints JSON alone; a table has the reason of its dashes below; --features needs files.
-    """
+    """--json prints JSON alone; a table has dashes; --features needs files."""
     data, file = features_case(tmp_path)
     folder = make_run(tmp_path / "run", loss="clip", data="x.csv")
 
@@ -846,9 +845,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert set(json.loads(said.out)) == {"run"} and "1 rows are left out" in said.err
     assert say("--data", data, "--markdown").out.startswith("| ")
     plain = say("--data", data).out
-    assert "|" not in plain and "dash" not in plain
+    assert "|" not in plain and "drop_k2" not in plain
     both = say("--data", data, more=[make_run(tmp_path / "two", loss="sparc", data="x.csv")]).out
-    assert "drop_k2: a dash: only sparc's and gloria's" in both and "local_gap" not in both
+    assert re.search(r"drop_k2 +- +\d", both)                # the first run has none
     with pytest.raises(UserError, match="--features is for one run on files"):
         say("--features", file)
 
@@ -896,9 +895,7 @@ def test_class_folders_by_hand(tmp_path, by_hand, capsys):
     got = classify_folder(folder, run, prompts="the {}")
     assert got == pytest.approx({"class": 40, "per_class": 50, "top5": 100})
     assert {"the a 0", "the b 1", "the c  2", "the d 0"} < set(by_hand)
-    said = capsys.readouterr().out
-    assert "1 folders without pictures are left out; the first: nothing_here" in said
-    assert "no linear probe, because a class has too few pictures" in said
+    assert "no linear probe, because a class has too few pictures" in capsys.readouterr().out
 
 
 def test_the_probe_of_class_folders(tmp_path, by_hand):

@@ -123,6 +123,7 @@ CASES = {                                               # an objective and its o
     "sparc sigma=0.5": ("sparc", SPARC_WEIGHTS | {"sigma": 0.5}),
     "sparc softmax": ("sparc", SPARC_WEIGHTS | {"softmax": True}),
     "sparc per-text": ("sparc", SPARC_WEIGHTS | {"per_text": True}),
+    "sparc spare=1": ("sparc", SPARC_WEIGHTS | {"spare": 1}),
 }
 FILIP_CASES = [name for name in CASES if "filip" in name]
 every_case = pytest.mark.parametrize("name", CASES)
@@ -353,7 +354,7 @@ CONTRACT = {
     "clip_loss": "(v, t, scale)",
     "sparc_alignment": "(V, T, sigma=None, softmax=False)",
     "sparc_loss": "(v, t, V, T, M, scale, global_weight=0.5, local_weight=1.0, sigma=None, "
-                  "softmax=False, per_text=False)",
+                  "softmax=False, per_text=False, spare=0)",
     "filip_similarity": "(V, T, M)",
     "filip_loss": "(V, T, M, scale, keep=1.0, gather_dtype=None, one_sided=False)",
     "clip_filip_loss": "(v, t, V, T, M, scale, **options)",
@@ -799,7 +800,7 @@ def test_objective(name):
     f |= {"scale": f["log_scale"].exp()}
     defaults = {"keep": 1.0, "one_sided": False, "gather_dtype": None, "alpha": 0.2, "lam": 1 / 3,
                 "mu": 1 / 3, "terms": losses.SIX, "global_weight": 0.5, "local_weight": 1.0,
-                "sigma": None, "softmax": False, "per_text": False}
+                "sigma": None, "softmax": False, "per_text": False, "spare": 0}
     options = {option: defaults[option] for option in record.options}
     head = make_head(f, name)
     torch.testing.assert_close(record.loss(f, head, **options), record.loss(f, head))
