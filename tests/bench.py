@@ -59,9 +59,9 @@ ALL_OBJECTIVES = {
     "filip": "--loss filip",
     "clip+filip": "--loss clip+filip",
     "pyramid": "--loss pyramid",
-    "sparc": "--loss sparc",
-    "sigma0": "--loss sparc --sigma 0",                     # SPARC Table 6
-    "softmax": "--loss sparc --softmax",                    # SPARC Table 6
+    "sparc": "--loss sparc --spare 0",                      # eq. 6 with the paper's negatives
+    "sigma0": "--loss sparc --spare 0 --sigma 0",           # SPARC Table 6
+    "softmax": "--loss sparc --spare 0 --softmax",          # SPARC Table 6
 }
 TABLE_5 = {                                                 # and 13: each adds one component
     "peers": "--loss pyramid --terms GS LT --hard-targets --no-leff",
