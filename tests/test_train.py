@@ -565,12 +565,12 @@ def test_killed_runs_end_with_the_same_numbers(tmp_path, monkeypatch):
     """SIGKILL at random moments, checkpoints every 3 steps, data workers on."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")              # or the workers wait for cores
     kills = int(os.environ.get("KILLS", 2))
-    more = ["--workers", "1", "--steps", "400", "--save-every", "3", "--resume", "--out"]
+    more = ["--workers", "1", "--steps", "280", "--save-every", "3", "--resume", "--out"]
     words = [sys.executable, script(tmp_path), *SMALL, *more]
     whole, killed, steps = tmp_path / "whole", tmp_path / "killed", [0]
     subprocess.run([*words, str(whole)], check=True, capture_output=True)
     for _ in range(kills):
-        target = steps[-1] + 1 + int(random.Random(time.time()).random() * 380 / kills)
+        target = steps[-1] + 1 + int(random.Random(time.time()).random() * 260 / kills)
         kill_after([*words, str(killed)], killed / "log.csv", target)
         steps.append(max(steps[-1], logged_steps(killed / "log.csv")))
     subprocess.run([*words, str(killed)], check=True, capture_output=True)
