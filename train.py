@@ -777,7 +777,7 @@ def open_run(args):
     if "scenes" not in (args.data, saved["data"]):
         saved["data"] = args.data                            # Run compares what is in it
     wrong = [f"{flag(name)} {saved.get(name)} (now {value})" for name, value in vars(args).items()
-             if name not in FREE and value != saved.get(name)]
+             if name not in FREE and (value or None) != (saved.get(name) or None)]      # 0: none
     if wrong:
         raise UserError(f"{last} is a checkpoint of another run, with {', '.join(wrong)}: give the "
                         f"same options, or another --out")
