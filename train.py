@@ -188,8 +188,8 @@ def fill_in(args):
     defaults = dict(out=f"runs/{args.loss}", terms=list(SIX), lam=1 / 3, mu=1 / 3,
                     crop=0.9 if args.loss == "pyramid" else 0.4, flip=True,      # 0.9: its 3.2
                     steps=1000, batch_size=256 if small else 128, lr=5e-4, weight_decay=0.1,
-                    vocab="learn:4000" if small else "learn:8000", spare=2 if tiny else 0,
-                    sigma="1/P", local_weight=1.0,
+                    vocab="learn:4000" if small else "learn:8000", sigma="1/P", local_weight=1.0,
+                    spare=2 if tiny and args.loss == "sparc" else 0,
                     patches_through_h=(tiny or small) and args.pool != "cls",
                     workers=4 if args.device == "cuda" else 0)   # they would take a CPU's cores
     if tiny or small:
@@ -773,11 +773,11 @@ def open_run(args):
         raise UserError(f"{args.out} already holds a run: add --resume to go on with it, "
                         f"--overwrite to start afresh, or another --out")
     ckpt = evaluation.read_checkpoint(last)
-    saved = ckpt["args"]
+    saved = ckpt["args"]                                     # an option of later on was off
     if "scenes" not in (args.data, saved["data"]):
         saved["data"] = args.data                            # Run compares what is in it
     wrong = [f"{flag(name)} {saved.get(name)} (now {value})" for name, value in vars(args).items()
-             if name not in FREE and (value or None) != (saved.get(name) or None)]      # 0: none
+             if name not in FREE and value != saved.get(name, None if value else value)]
     if wrong:
         raise UserError(f"{last} is a checkpoint of another run, with {', '.join(wrong)}: give the "
                         f"same options, or another --out")

@@ -461,10 +461,15 @@ def test_a_run_is_not_overwritten_nor_mixed_with_another(go, tmp_path):
     before = last.read_bytes()
     for more, sentence in (([], "already holds a run"),
                            (["--resume", "--width", 128], r"--width 64 \(now 128\)"),
+                           (["--resume", "--near", 0], r"--near None \(now 0\)"),
                            (["--resume", "--loss", "filip"], r"--loss clip \(now filip\)")):
         with pytest.raises(UserError, match=sentence):
             go(*clip, *more)
     assert last.read_bytes() == before
+    older = read_checkpoint(tmp_path / "run")               # from before there was --spare
+    del older["args"]["spare"]
+    torch.save(older, last)
+    assert go(*clip, "--resume")
     last.write_bytes(before[:1000])
     with pytest.raises(UserError, match="can't be read as a checkpoint"):
         go(*clip, "--resume")
