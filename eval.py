@@ -17,9 +17,8 @@ bootstrap over test pictures. A tie counts against the model.
   one; _it: by four that say "it". Of class folders: class_accuracy; _one_prompt: by the first.
 - probe. Top-1 of linear_probe, fitted on 2 n training scenes; on 4/5 of the pictures of folders.
 - segmentation. Each patch takes the closest text. miou: mean over objects. miou_objects: without a
-  text for the background. miou_threshold: the same, but patches that no object exceeds are
-  background, by a threshold that is best on validation scenes. patch_acc: patches on objects. Of
-  masks: an object is a class in one picture; _summed: a class in all pictures, VOC's usual way.
+  text for the background. patch_acc: patches on objects. Of masks: an object is a class in one
+  picture; _summed: a class in all pictures, VOC's usual way.
 - alignment. colour_word_acc, shape_word_acc: a word's best patch lies on the object that it names,
   which covers a quarter of it or more (chance: a random patch). patch_word_acc: the best word of a
   patch on an object names it. drop_k2 to drop_k4: weight_drops. local_gap: the local loss (SPARC's,
@@ -29,8 +28,8 @@ bootstrap over test pictures. A tie counts against the model.
   with a colour and shape never trained together. count_acc: the text of the right number, 1 to 4.
 
 Differs from the papers: scenes' prompts and classes are phrases of their captions. SPARC names no
-background: its text ("on sand", of masks "background") and the threshold are ours; miou_objects is
-the paper's (4.5, D.7). CLIP+FILIP goes by its global embeddings, as in SPARC's Table 9.
+background: its text ("on sand", of masks "background") is ours; miou_objects is the paper's (4.5,
+D.7). CLIP+FILIP goes by its global embeddings, as in SPARC's Table 9.
 """
 import argparse, collections, contextlib, csv, functools, hashlib, io, itertools, json, math
 import os, pathlib, re, statistics, sys
@@ -413,14 +412,6 @@ def class_accuracy(scores, label):
     return {name: 100 * x.sum().item() / len(x) for name, x in found.items()}
 
 
-def foreground(scores, threshold):
-    """Class of each patch -> (P,). It is C, the background, where no score (P,C), scaled to 0..1
-    over the patches of the picture, reaches the threshold."""
-    low, high = scores.aminmax(dim=0)
-    best, label = ((scores - low) / (high - low)).max(1)
-    return label.masked_fill(~(best >= threshold), scores.shape[1])  # also if all are equal
-
-
 def object_pixels(label, masks, valid=True):
     """Pixels (3,N) of each object: found and its own, found or its own, its own. label (P,): class
     of patches, a square grid; masks (N,H,W) bool: object n is class n; valid (H,W) bool: count."""
@@ -593,19 +584,12 @@ def scene_patches(objective, model, tok, scenes):
         yield scores.cpu(), torch.from_numpy(s["masks"])
 
 
-def scene_segmentation(objective, model, tok, scenes, val):
-    """miou, miou_objects, miou_threshold, patch_acc; the threshold is chosen on scenes of val."""
-    known = list(scene_patches(objective, model, tok, val))
-
-    def mean_iou(threshold):
-        return torch.cat([object_ious(object_pixels(foreground(scores[:, :-1], threshold), masks))
-                          for scores, masks in known]).mean()
-    threshold = max((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), key=mean_iou)
-    rows = collections.defaultdict(list)
+def scene_segmentation(objective, model, tok, scenes):
+    """Rows of miou, miou_objects and patch_acc."""
+    rows = {"miou": [], "miou_objects": [], "patch_acc": []}
     for scores, masks in scene_patches(objective, model, tok, scenes):
-        label, objects = scores.argmax(1), scores[:, :-1]
-        for key, found in (("miou", label), ("miou_objects", objects.argmax(1)),
-                           ("miou_threshold", foreground(objects, threshold))):
+        label = scores.argmax(1)
+        for key, found in (("miou", label), ("miou_objects", scores[:, :-1].argmax(1))):
             rows[key].append(object_ious(object_pixels(found, masks)).tolist())
         cover = patch_coverage(masks, model.visual.grid)
         rows["patch_acc"].append(patch_hits(label, cover).tolist())
@@ -678,10 +662,10 @@ def on_scenes(model, tok, args, n=1000):
     _, _, unseen, unseen_swaps = scene_pairs(objective, model, tok, others)
     words = [[word.text for word in s["words"]] for s in scenes]
     telling = [[word.text for word in s["words"] if word.kind] for s in scenes]
-    own, val = list(map(set, words)), list(Scenes(min(n, 300), 0, size, "val"))
+    own = list(map(set, words))
     zero_shot, probe = scene_classes(objective, model, tok, n)
     out = {"retrieval": recalls, "classification": zero_shot, "probe": probe,
-           "segmentation": scene_segmentation(objective, model, tok, scenes, val),
+           "segmentation": scene_segmentation(objective, model, tok, scenes),
            "alignment": scene_alignment(objective, tok, scenes, model.visual.grid, V, T, M),
            "faithfulness": {"k_p": k_precision(s_i2t, words, own),
                             "k_pna": k_precision(s_i2t, telling, own)},

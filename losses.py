@@ -19,16 +19,14 @@ the means of their losses and gradients: the same as in one process with the who
 Differs from the papers:
 - SPARC's eq. 4 is 0/0 for a word to which all patches are alike: 1/P, as the paper's text says.
 - SPARC's eq. 6 is printed as a mean over each text's tokens, then over texts: per_text=True. The
-  default is appendix C's: one mean over all tokens of the batch. spare, 0 by default, is ours.
+  default is appendix C's: one mean over all tokens of the batch. spare and strangers are ours.
 - FILIP 3.1.1 does not say of what it sends 25%: here of a sample's real tokens, one at least.
 - PACL, GLoRIA and MGCA are SPARC's versions, from its text and GLoRIA's and MGCA's public code:
   trained from scratch, learned temperatures.
 """
-import argparse
-import ast
+import argparse, ast, typing
 import functools
 import math
-import typing
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -120,17 +118,19 @@ def sparc_alignment(V, T, sigma=None, softmax=False):
     return s_til / s_til.sum(-1, keepdim=True)                  # SPARC eq. 4: the sum is 1 or more
 
 
-def within_pair_loss(x, y, M, scale, per_text=False, spare=0):
+def within_pair_loss(x, y, M, scale, per_text=False, spare=0, others=()):
     """x, y (b,L,D), M (b,L): x_l must find y_l among its own pair's positions, y_l must find x_l ->
     the mean over all real positions of all ranks; per_text: over each pair's, then over pairs.
-    spare: the positions up to so many places before and behind l are no negatives of l."""
+    spare: the positions up to so many places before and behind l are no negatives of l. others:
+    [z (b,L,D)], of which y_l must tell z_l from x_l too."""
     x_to_y = scale * torch.einsum("bld,bmd->blm", unit(x), unit(y))                     # (b, L, L)
+    y_to_z = [scale * torch.einsum("bld,bld->bl", unit(y), unit(z))[..., None] for z in others]
     l = torch.arange(M.shape[1], device=M.device)
     own, away = l.where(M, -100), (l[:, None] - l).abs()        # -100: padding has none
     out = ~M[:, None] | ((away > 0) & (away <= spare))          # no negatives          (b, L, L)
     loss = 0
-    for s in (x_to_y, x_to_y.transpose(1, 2)):                  # SPARC eq. 6, both logarithms
-        s = s.masked_fill(out, -torch.inf).flatten(0, 1)
+    for s, more in ((x_to_y, []), (x_to_y.transpose(1, 2), y_to_z)):       # SPARC eq. 6, both logs
+        s = torch.cat([s.masked_fill(out, -torch.inf), *more], 2).flatten(0, 1)
         loss = loss + F.cross_entropy(s, own.flatten(), reduction="none").view_as(M) / 2
     if per_text:
         return (loss.sum(1) / M.sum(1)).mean()                  # and its mean, as printed
@@ -142,13 +142,17 @@ def within_pair_loss(x, y, M, scale, per_text=False, spare=0):
 
 @full_precision
 def sparc_loss(v, t, V, T, M, scale, global_weight=0.5, local_weight=1.0, sigma=None, softmax=False,
-               per_text=False, spare=0):
+               per_text=False, spare=0, strangers=0):
     """v t (b,D), V (b,P,D), T (b,L,D), M (b,L) of the same pairs -> {"loss", "global", "local"}.
 
-    SPARC 2. sigma, softmax: as of sparc_alignment; per_text, spare: of within_pair_loss."""
-    a = sparc_alignment(V, T, sigma, softmax)                   # (b, L, P)
-    c = torch.einsum("blp,bpd->bld", a, V)                      # SPARC eq. 5: what each word sees
-    local_part = within_pair_loss(c, T, M, scale, per_text, spare)
+    SPARC 2. sigma, softmax: as of sparc_alignment; per_text, spare: of within_pair_loss. strangers:
+    tell what a word sees from what it would see in so many other pictures, of the same process."""
+    def seen(V):
+        a = sparc_alignment(V, T, sigma, softmax)               # (b, L, P)
+        return torch.einsum("blp,bpd->bld", a, V)               # SPARC eq. 5: what each word sees
+    b = torch.arange(len(V), device=V.device)                   # others: 4 places away, 8, 12, ...
+    others = [seen(V[(b ^ 4 * n).clamp(max=len(V) - 1)]) for n in range(1, strangers + 1)]
+    local_part = within_pair_loss(seen(V), T, M, scale, per_text, spare, others)
     global_part = clip_loss(v, t, scale)
     loss = global_weight * global_part + local_weight * local_part         # SPARC eq. 7
     return {"loss": loss, "global": global_part, "local": local_part}
@@ -468,8 +472,8 @@ OBJECTIVES = {
                       head=MGCA, local="cta"),
     "sparc": Objective(loss_of(sparc_loss, "v t V T M scale"), "sparc_loss",
                        "words with their sparse patches in a pair; and clip",
-                       ("global_weight", "local_weight", "sigma", "softmax", "per_text", "spare"),
-                       local="local"),
+                       ("global_weight", "local_weight", "sigma", "softmax", "per_text", "spare",
+                        "strangers"), local="local"),
 }
 
 

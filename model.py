@@ -80,7 +80,7 @@ class Config(NamedTuple):
     act: str                         # "gelu" or "quickgelu"
     causal: bool = None              # tokens see only what is before them; None: if pool is "cls"
     patches_through_h: bool = False  # patches pass h_v in training too; SPARC: to segment only
-    near: int = 0                    # a patch sees patches so many rows or columns away; 0: all
+    near: tuple = (0,)               # so many rows or columns away patches see, by block; 0: all
     stem: tuple = ()                 # convolutions for patches: the blocks in each stage
     leff: int = 0                    # PyramidCLIP's L_s: so many blocks, from the first, have LeFF
     front: int = None                # regions enter behind so many blocks; None: behind leff
@@ -99,8 +99,8 @@ SPARC = dict(embed_dim=512, vocab_size=32000, context_length=55, text_width=768,
              text_heads=12, pool="mean", act="gelu")
 OURS = SPARC | dict(vision_width=128, vision_heads=2, embed_dim=128, text_layers=2)
 CONFIGS = {
-    "tiny": OURS | dict(image_size=56, patch_size=8, vision_layers=2, near=2, vocab_size=618,
-                        context_length=32, text_width=128, text_heads=2, causal=True),
+    "tiny": OURS | dict(image_size=56, patch_size=8, vision_layers=2, vocab_size=618,
+                        context_length=32, text_width=128, text_heads=2, causal=True, near=(2, 1)),
     "small": OURS | dict(image_size=112, patch_size=16, stem=(2, 2, 2), vision_layers=0,
                          vocab_size=4000, context_length=48, text_width=192, text_heads=3),
     "RN50": RN50 | TEXT | dict(embed_dim=1024),
@@ -217,13 +217,15 @@ class Transformer(nn.Module):
         grids = [grid] * leff + [None] * (layers - leff)
         self.resblocks = nn.ModuleList(Block(width, heads, act, g) for g in grids)
 
-    def forward(self, x, seen=None, packed=None, first=0):
-        """x as in Attention -> the same shape, by the blocks from `first` on."""
-        for block in self.resblocks[first:]:
+    def forward(self, x, seen=(None,), packed=None, first=0):
+        """x as in Attention -> the same shape, by the blocks from `first` on. seen: of each block,
+        as in Attention; the last one is that of further blocks too."""
+        seen = [*seen, *len(self.resblocks) * [seen[-1]]]
+        for block, own in [*zip(self.resblocks, seen)][first:]:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, seen, packed, use_reentrant=False)
+                x = checkpoint(block, x, own, packed, use_reentrant=False)
             else:
-                x = block(x, seen, packed)
+                x = block(x, own, packed)
         return x
 
 
@@ -278,11 +280,10 @@ class VisionTransformer(nn.Module):
             self.h_v = nn.Sequential(nn.Linear(w, w), nn.GELU())           # SPARC 2
         N = self.grid ** 2 + (c.pool == "cls")
         self.positional_embedding = nn.Parameter(std * torch.randn(N, w))
-        seen = None                                                        # all see all
-        if c.near:                                      # [CLS] and the patches see each other still
-            line = torch.ones(2 * [self.grid]).tril(c.near).triu(-c.near)  # within a row, a column
-            seen = F.pad(torch.kron(line, line), [N - self.grid ** 2, 0] * 2, value=1).bool()
-        self.register_buffer("seen", seen, persistent=False)               # (N, N): q sees k
+        seen = [torch.ones(2 * [self.grid]).tril(n or N).triu(-(n or N)) for n in c.near]
+        seen = torch.stack([torch.kron(x, x) for x in seen])               # of rows and columns
+        seen = F.pad(seen, [N - self.grid ** 2, 0] * 2, value=1).bool()    # [CLS] sees all, is seen
+        self.register_buffer("seen", seen if any(c.near) else None, persistent=False)  # (n, N, N)
         self.ln_pre = LayerNorm(w)
         self.transformer = Transformer(w, c.vision_layers, c.vision_heads, c.act, c.leff, self.grid)
         self.ln_post = LayerNorm(w)
@@ -312,7 +313,8 @@ class VisionTransformer(nn.Module):
         x = self.patches(images)                                           # (B, P, w)
         if self.pool == "cls":
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
-        x = self.transformer(self.ln_pre(x + self.positional_embedding), self.seen)
+        seen = (None,) if self.seen is None else self.seen                 # all see all: faster
+        x = self.transformer(self.ln_pre(x + self.positional_embedding), seen)
         f = self.ln_post(x)
         if self.pool == "cls":
             y = self.adapter(f)                                            # (B, 1 + P, D)
@@ -325,7 +327,7 @@ class VisionTransformer(nn.Module):
         if self.pool == "cls":
             x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
             mask = F.pad(mask, (1, 0), value=True)
-        f = self.ln_post(self.transformer(self.ln_pre(x), mask[:, None, None], first=self.front))
+        f = self.ln_post(self.transformer(self.ln_pre(x), [mask[:, None, None]], first=self.front))
         if self.pool == "cls":
             return self.adapter(f[:, 0])
         return self.adapter(self.h_v(masked_mean(f, mask)))
@@ -409,8 +411,8 @@ class CLIP(nn.Module):
     def __init__(self, **config):
         super().__init__()
         c = Config(**config)
-        if c.causal is None:
-            c = c._replace(causal=c.pool == "cls")
+        near = (c.near,) if isinstance(c.near, int) else tuple(c.near)     # a number: of all blocks
+        c = c._replace(near=near, causal=c.pool == "cls" if c.causal is None else c.causal)
         self.config, self.context_length = c._asdict(), c.context_length
         self.patches_through_h = c.patches_through_h
         resnet = isinstance(c.vision_layers, tuple)
@@ -454,7 +456,7 @@ class CLIP(nn.Module):
         n = int(mask.sum())                                                # real tokens in all
         order = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)
         rows = order[:math.ceil(n / 64) * 64]   # and some padding: few sizes, so memory is at hand
-        x = self.transformer(x.flatten(0, 1).index_select(0, rows), seen, (rows, mask.shape))
+        x = self.transformer(x.flatten(0, 1).index_select(0, rows), [seen], (rows, mask.shape))
         f = unpack(self.ln_final(x[:n]), rows[:n], mask.shape)             # (C, L, w)
         T = f @ self.text_projection
         if self.config["pool"] == "cls":
@@ -569,7 +571,7 @@ def export(run, out):
              if not name.startswith(("visual.phi", "visual.roi_norm"))}
     c = model.config
     read = {} if c["stem"] else openai_config(state)
-    read |= dict(causal=True, near=0, leff=0, embedder=False, stem=())
+    read |= dict(causal=True, near=(0,), leff=0, embedder=False, stem=())
     wrong = ", ".join(f"{name}={c[name]}" for name in read if c[name] != read[name])
     if wrong:
         raise UserError(f"{run} is not of CLIP's architecture ({wrong}): train ViT-B/32 or RN50")

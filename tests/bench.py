@@ -51,6 +51,7 @@ from model import UserError
 from train import keep_memory, make_optimizer, peak_memory, pick_precision
 
 # ------------------------------------- rows of the tables: their names, and options of train.py
+PRINTED = "--loss sparc --spare 0 --strangers 0 --local-weight 0.15"    # the paper's negatives
 ALL_OBJECTIVES = {
     "clip": "--loss clip",
     "pacl": "--loss pacl",
@@ -59,9 +60,9 @@ ALL_OBJECTIVES = {
     "filip": "--loss filip",
     "clip+filip": "--loss clip+filip",
     "pyramid": "--loss pyramid",
-    "sparc": "--loss sparc --spare 0",                      # eq. 6 with the paper's negatives
-    "sigma0": "--loss sparc --spare 0 --sigma 0",           # SPARC Table 6
-    "softmax": "--loss sparc --spare 0 --softmax",          # SPARC Table 6
+    "sparc": f"{PRINTED} --sigma 0.5",
+    "sigma0": f"{PRINTED} --sigma 0",                       # SPARC Table 6
+    "softmax": f"{PRINTED} --softmax",                      # SPARC Table 6
 }
 TABLE_5 = {                                                 # and 13: each adds one component
     "peers": "--loss pyramid --terms GS LT --hard-targets --no-leff",
@@ -412,7 +413,7 @@ def print_table_5(args):
 
 
 # --------------------------------------------------------------------------------- a training step
-RIVALS = ("ours", "sparc", "local loss", "open_clip", "open_clip, memory kept")
+RIVALS = ("ours", "sparc", "sparc, strangers", "local loss", "open_clip", "open_clip, memory kept")
 
 
 def model_and_batches(args):
@@ -462,10 +463,11 @@ def make_rival(name, args, autocast):
         def local(f):
             return losses.OBJECTIVES["sparc"].loss(f, None)["local"]
         return model, batches, local
-    objective = losses.OBJECTIVES["sparc" if name == "sparc" else "clip"]
+    objective = losses.OBJECTIVES["sparc" if name.startswith("sparc") else "clip"]
+    options = {"spare": 2, "strangers": 2} if "strangers" in name else {}       # tiny's defaults
 
     def loss(batch):
-        return objective.loss(model(**batch), None)["loss"]
+        return objective.loss(model(**batch), None, **options)["loss"]
     return model, batches, loss
 
 
@@ -536,7 +538,7 @@ def compare_step(args):
     rounds = args.rounds or (30 if tiny else 5)
     if importlib.util.find_spec("open_clip") is None:
         print("open_clip is not installed (pip install open_clip_torch): our steps alone")
-        names = RIVALS[:3]
+        names = RIVALS[:4]
     amp = pick_precision(args.amp, torch.device("cpu"))
     dtype = losses.DTYPES.get(amp, torch.float32)
     rate = matmul_rate(dtype)

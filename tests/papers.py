@@ -70,22 +70,28 @@ def sparc_weights(word, patches, sigma, use_softmax):
 
 
 def sparc(v, t, V, T, M, g, global_weight=0.5, local_weight=1.0, sigma=None, softmax=False,
-          per_text=False, spare=0):
+          per_text=False, spare=0, strangers=0):
     """SPARC eqs. (5) to (7). per_text: eq. (6) as printed, else the mean of appendix C's code.
-    spare: words up to so many places away are no negatives."""
+    spare: words up to so many places away are no negatives.
+    strangers: a word must also tell what it sees from what it would see in pictures 4, 8, ... away.
+    """
     P = V.shape[1]
+
+    def look(word, patches):
+        a = sparc_weights(word, patches, 1 / P if sigma is None else sigma, softmax)
+        return sum(a[p] * patches[p] for p in range(P))                                # SPARC eq. 5
     of_texts = []
-    for patches, text, real in zip(V, T, M):
-        words, seen = words_of(text, real), []
-        for word in words:
-            a = sparc_weights(word, patches, 1 / P if sigma is None else sigma, softmax)
-            seen.append(sum(a[p] * patches[p] for p in range(P)))                      # SPARC eq. 5
+    for b, (patches, text, real) in enumerate(zip(V, T, M)):
+        words = words_of(text, real)
+        seen = [look(word, patches) for word in words]
+        away = [min(b ^ (4 * n), len(V) - 1) for n in range(1, strangers + 1)]
         of_words = []
         for l in range(len(words)):
+            elsewhere = [look(words[l], V[k]) for k in away]
             others = [m for m in range(len(words)) if m == l or abs(m - l) > spare]
-            own = others.index(l)
+            own, inside = others.index(l), [seen[m] for m in others]
             forth = info_nce([g * cosine(seen[l], words[m]) for m in others], own)
-            back = info_nce([g * cosine(words[l], seen[m]) for m in others], own)
+            back = info_nce([g * cosine(words[l], c) for c in inside + elsewhere], own)
             of_words.append((forth + back) / 2)
         of_texts.append(of_words)
     if per_text:

@@ -65,7 +65,8 @@ def test_each_row_and_seed_is_trained_and_the_table_written(run, tmp_path, capsy
     words = ["--seeds", "2", "--steps", "5", "--only", "sigma0", "clip", "--out", str(out)]
     assert run("objectives", *words, "--", "--width", "64") == 0
     assert calls(out / "sigma0-1") == [f"train --out {out}/sigma0-1 --steps 5 --resume "
-                                       "--loss sparc --spare 0 --sigma 0 --seed 1 --width 64"]
+                                       "--loss sparc --spare 0 --strangers 0 --local-weight 0.15 "
+                                       "--sigma 0 --seed 1 --width 64"]
     lines = (out / "table.md").read_text(encoding="utf-8").splitlines()
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| clip  ", "| sigma0"]
     assert "55.5 ± 0.7" in lines[2] and "2 seeds, 5 steps each" in lines[-1]

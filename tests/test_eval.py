@@ -276,16 +276,6 @@ def test_ious_of_classes_are_the_loop(size):
     assert ious.tolist() == pytest.approx(slow_ious(label.tolist(), truth.tolist(), 3))
 
 
-def test_foreground_by_hand():
-    """Each object's scores run from 0 to 1 over the patches, wherever they lie; 2 is no object."""
-    scores = torch.tensor([[0.1, 5.0], [0.3, 5.1], [0.2, 9.0], [0.1, 6.0]])
-    assert evaluation.foreground(scores, 0.8).tolist() == [2, 0, 1, 2]
-    assert evaluation.foreground(scores, 0.2).tolist() == [2, 0, 1, 1]
-    assert evaluation.foreground(scores, 0).tolist() == [0, 0, 1, 1]
-    alike = torch.full((3, 2), 0.7)
-    assert evaluation.foreground(alike, 0.5).tolist() == [2, 2, 2], "nothing stands out"
-
-
 def test_patches_and_words_by_hand():
     """Two objects on a grid of 2 x 2: object 0 has the first patch, object 1 half of the last."""
     masks = torch.zeros(2, 4, 4, dtype=torch.bool)
@@ -403,7 +393,6 @@ def test_alignment_of_the_oracle_and_of_shuffled_patches(monkeypatch, loss):
     assert good["segmentation"]["miou"] > 40 > 20 > bad["segmentation"]["miou"]
     assert min(good["classification"].values()) > 98 and min(good["probe"].values()) > 90
     assert good["segmentation"]["miou_objects"] < good["segmentation"]["miou"]
-    assert good["segmentation"]["miou_threshold"] == good["segmentation"]["miou"]
     if loss == "sparc":
         assert set(good["composition"].values()) == set(good["faithfulness"].values()) == {100}
         assert set(good["retrieval"].values()) == {100} and 0 <= aligned["drop_k2"] <= 100
@@ -587,7 +576,7 @@ def test_evaluate_an_untrained_run(tmp_path):
     assert sorted(os.listdir(folder)) == ["last.pt", "metrics.json"]
     recalls = {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
     words = {"colour_word_acc", "shape_word_acc", "patch_word_acc"}
-    kinds, patches = {"shape", "colour"}, {"miou", "miou_objects", "miou_threshold", "patch_acc"}
+    kinds, patches = {"shape", "colour"}, {"miou", "miou_objects", "patch_acc"}
     contract = {"retrieval": recalls, "classification": kinds, "probe": kinds,
                 "segmentation": patches, "faithfulness": {"k_p", "k_pna"},
                 "composition": {"swap_acc", "unseen_i2t_r1", "unseen_swap_acc", "count_acc"},

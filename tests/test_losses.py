@@ -354,7 +354,7 @@ CONTRACT = {
     "clip_loss": "(v, t, scale)",
     "sparc_alignment": "(V, T, sigma=None, softmax=False)",
     "sparc_loss": "(v, t, V, T, M, scale, global_weight=0.5, local_weight=1.0, sigma=None, "
-                  "softmax=False, per_text=False, spare=0)",
+                  "softmax=False, per_text=False, spare=0, strangers=0)",
     "filip_similarity": "(V, T, M)",
     "filip_loss": "(V, T, M, scale, keep=1.0, gather_dtype=None, one_sided=False)",
     "clip_filip_loss": "(v, t, V, T, M, scale, **options)",
@@ -428,6 +428,24 @@ def test_sparc_parts_add_up():
     out = parts(f, "sparc")
     assert out["global"] == ours(f, "clip")
     assert out["loss"] == 0.7 * out["global"] + 1.3 * out["local"]
+
+
+@pytest.mark.parametrize("n, per_text, spare", [(1, False, 0), (4, True, 1), (13, False, 2)])
+def test_sparc_strangers(n, per_text, spare, monkeypatch):
+    """Value and gradients are the loops', also where no picture is 4 or 8 away; padding changes
+    nothing; each stranger is a negative more, so the loss is higher."""
+    f = subset(pairs(), [i % 4 for i in range(n)])
+    for name in ("V", "T", "v", "t"):
+        f[name] = f[name] + 0.3 * torch.randn(f[name].shape, dtype=torch.float64)
+    options = SPARC_WEIGHTS | {"per_text": per_text, "spare": spare}
+    monkeypatch.setitem(CASES, "without", ("sparc", options))
+    monkeypatch.setitem(CASES, "strangers", ("sparc", options | {"strangers": 2}))
+    fast = run(ours, f, "strangers")
+    assert finite(fast) and same(fast, run(paper, f, "strangers"))
+    longer = torch.cat([f["T"], torch.randn(n, 3, 5, dtype=torch.float64)], 1)
+    padded = run(ours, f | {"T": longer, "M": F.pad(f["M"], (0, 3))}, "strangers")
+    torch.testing.assert_close(fast[0], padded[0])
+    assert fast[0] > run(ours, f, "without")[0]
 
 
 def test_sparc_per_text_weighs_texts_alike():
@@ -800,7 +818,8 @@ def test_objective(name):
     f |= {"scale": f["log_scale"].exp()}
     defaults = {"keep": 1.0, "one_sided": False, "gather_dtype": None, "alpha": 0.2, "lam": 1 / 3,
                 "mu": 1 / 3, "terms": losses.SIX, "global_weight": 0.5, "local_weight": 1.0,
-                "sigma": None, "softmax": False, "per_text": False, "spare": 0}
+                "sigma": None, "softmax": False, "per_text": False, "spare": 0,
+                "strangers": 0}
     options = {option: defaults[option] for option in record.options}
     head = make_head(f, name)
     torch.testing.assert_close(record.loss(f, head, **options), record.loss(f, head))

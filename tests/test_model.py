@@ -651,7 +651,18 @@ def test_mean_pooled_text_sees_both_ways(causal):
 def test_patches_see_their_neighbours(pool, near):
     """By one block a patch depends on the pixels at most `near` rows and columns away; 0: on all.
     The picture's vector depends on all pixels."""
-    m, images = small(pool, near=near, vision_layers=1), pictures()
+    check_reach(small(pool, near=near, vision_layers=1), near)
+
+
+def test_each_block_has_its_reach():
+    """Of two blocks it adds up, of further ones the last counts; a number is that of all."""
+    for near, layers, reach in (((1, 0), 1, 1), ((0, 1), 1, 0), ((1, 1), 2, 2), ((1,), 2, 2),
+                                (1, 3, 3), ((2, 1), 2, 3), ((1, 0), 2, 0)):
+        check_reach(small("mean", near=near, vision_layers=layers), reach)
+
+
+def check_reach(m, near):
+    images = pictures()
     v, V = m.encode_image(images)
     for row, column in ((0, 0), (1, 2)):
         other = images.clone()
@@ -667,8 +678,8 @@ def test_neighbours_are_no_weights():
     """They follow from the sizes: files of other values of near, and image sizes, can be read."""
     wide, narrow = small("mean"), small("mean", near=1)
     assert wide.state_dict().keys() == narrow.state_dict().keys()
-    assert adapt(narrow, image_size=48).visual.seen.shape == (36, 36)
-    assert small("cls", near=1).visual.seen.shape == (17, 17) and wide.visual.seen is None
+    assert adapt(narrow, image_size=48).visual.seen.shape == (1, 36, 36)
+    assert small("cls", near=1).visual.seen.shape == (1, 17, 17) and wide.visual.seen is None
     with pytest.raises(UserError, match="a ResNet, which has no near"):
         build("RN50", near=2)
 
@@ -991,7 +1002,7 @@ def test_an_exported_run_is_an_openai_file(more, tmp_path, capsys):
     ("mean", {}, "pool=mean, act=gelu, causal=False"), ("cls", {"leff": 1}, "leff=1"),
     ("cls", {"act": "gelu"}, "act=gelu"), ("cls", {"vision_heads": 4}, "vision_heads=4"),
     ("cls", {"embedder": True}, "embedder=True"), ("mean", {"stem": (1, 1)}, r"stem=.1, 1."),
-    ("cls", {"near": 1}, "near=1")])
+    ("cls", {"near": 1}, r"near=.1,.")])
 def test_other_towers_are_not_exported(kind, more, sentence, tmp_path):
     """The layout of OpenAI's files says nothing about them, so they would be misread."""
     run = save_run(tmp_path / "run", small(kind, vocab_size=520, **WIDE | more))

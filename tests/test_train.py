@@ -600,10 +600,12 @@ def test_rows_of_a_killed_run_are_replaced(tmp_path):
 
 
 # the gathers of the other objectives: test_losses.py
-@pytest.mark.parametrize("words", ["filip", "mgca", "sparc", "sparc --accum-steps 2",
-                                   "sparc --captions 2", "filip --captions 2 --accum-steps 2"])
+@pytest.mark.parametrize("words", [
+    "filip", "mgca", "sparc --strangers 0 --accum-steps 2", "sparc --batch-size 32",
+    "sparc --strangers 0 --captions 2", "filip --captions 2 --accum-steps 2"])
 def test_two_processes_equal_one(go, tmp_path, words):
-    """Loss and every gradient after one step; AdamW's first moment is a tenth of the gradient."""
+    """Loss and every gradient after one step; AdamW's first moment is a tenth of the gradient.
+    Two strangers are pictures of the same process if each has 16 pictures, or 32, ..."""
     more = ["--loss", *words.split(), "--steps", "1", "--clip-grad", "0"]
     if "captions" in words:
         rows = [f"{k}.png,{text} {k}" for text in ("thing", "a number") for k in range(4)]
