@@ -378,7 +378,7 @@ def retrieval(s_i2t, s_t2i, owner, number=None):
 
 def k_precision(s_i2t, words, own):
     """Of a picture's best text, the share of words that its own texts have -> [[share] of each
-    picture]; ties: the mean. SPARC 4.4, Table 2. s_i2t (B,C); words: C lists; own: B sets."""
+    picture]; ties: the mean. SPARC 4.4, Table 2. s_i2t (B,C); words: C lists; own: B lists."""
     rows = []
     for s, known in zip(s_i2t, own):
         best = (~(s < s.max())).nonzero()[:, 0].tolist()  # with a NaN all texts tie
@@ -483,6 +483,7 @@ def local_gap(objective, head, options, scale, v, V, t, T, M):
     """Mean local loss of the right pairs, of pairs with shuffled pictures, the difference, in nats.
     v (B,D), V (B,P,D), t (B,D), T (B,L,D), M (B,L)."""
     f = {"v": v, "t": t, "T": T, "M": M, "scale": scale}
+    options = {k: x for k, x in options.items() if k != "strangers"}  # the pair's own words alone
     matched, shuffled = (objective.loss(f | {"V": patches}, head, **options)[objective.local].item()
                          for patches in (V, V.roll(1, 0)))  # roll: of another picture
     return {"local": matched, "local_shuffled": shuffled, "local_gap": shuffled - matched}
@@ -662,13 +663,12 @@ def on_scenes(model, tok, args, n=1000):
     _, _, unseen, unseen_swaps = scene_pairs(objective, model, tok, others)
     words = [[word.text for word in s["words"]] for s in scenes]
     telling = [[word.text for word in s["words"] if word.kind] for s in scenes]
-    own = list(map(set, words))
     zero_shot, probe = scene_classes(objective, model, tok, n)
     out = {"retrieval": recalls, "classification": zero_shot, "probe": probe,
            "segmentation": scene_segmentation(objective, model, tok, scenes),
            "alignment": scene_alignment(objective, tok, scenes, model.visual.grid, V, T, M),
-           "faithfulness": {"k_p": k_precision(s_i2t, words, own),
-                            "k_pna": k_precision(s_i2t, telling, own)},
+           "faithfulness": {"k_p": k_precision(s_i2t, words, words),
+                            "k_pna": k_precision(s_i2t, telling, words)},
            "composition": {"swap_acc": swaps, "unseen_swap_acc": unseen_swaps,
                            "unseen_i2t_r1": unseen["i2t_r1"], "unseen_t2i_r1": unseen["t2i_r1"],
                            "count_acc": scene_counts(objective, model, tok, n)}}
