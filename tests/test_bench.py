@@ -178,4 +178,4 @@ def test_retrieval_is_measured(run, capsys):
     head, row = capsys.readouterr().out.splitlines()
     assert "20 pictures, 100 captions" in head
     loss, seconds, _, mb, *_ = row.split()
-    assert loss == "filip" and float(seconds) >= 0 and int(mb) > 50
+    assert loss == "filip" and float(seconds) >= 0 and int(mb.replace(",", "")) > 50
