@@ -815,11 +815,11 @@ class Batches(torch.utils.data.Dataset):
     what, reason)]. Other errors become {"error": sentence}.
     batch_size is global. min_area: of the random crop; None takes the central square. views: add
     PyramidCLIP's. local_area: of its local view, whose caption is the pair's then, or None.
-    crop_text: this share of captions is cut to some words in a row, so short texts are met too.
+    drop_words: this share of captions loses about half of its words, so short texts are met too.
     For files, not for scenes: captions, how many texts of each picture; flip, mirror half of the
     pictures and what is told of them."""
     def __init__(self, data, tok, batch_size, size, context_length, seed=0, min_area=None, rank=0,
-                 world=1, views=False, local_area=None, captions=1, flip=False, crop_text=0.0):
+                 world=1, views=False, local_area=None, captions=1, flip=False, drop_words=0.0):
         if isinstance(data, Scenes) and (captions > 1 or flip):
             raise UserError("--captions and --flip are for files: leave them out")
         if batch_size > len(data):
@@ -832,7 +832,7 @@ class Batches(torch.utils.data.Dataset):
         self.size, self.context_length, self.rank, self.world = size, context_length, rank, world
         self.min_area, self.with_views = min_area, views
         self.local_area = local_area if views else None
-        self.captions, self.flip, self.crop_text = captions, flip, crop_text
+        self.captions, self.flip, self.drop_words = captions, flip, drop_words
         least = min(min_area or 1, self.local_area or 1)
         self.side = math.ceil(size / least ** 0.5)  # of a picture that crops are cut of
         self.epoch, self.order = None, None
@@ -889,9 +889,8 @@ class Batches(torch.utils.data.Dataset):
         if self.local_area:
             window, texts[0] = self.data.local_view(i, whole, texts[0], r, self.local_area)
             out["images_l"] = cut(whole, self.size, window)
-        if r.random() < self.crop_text:
-            texts[:] = [" ".join(x[int(r.random() * len(x)):][:1 + int(r.random() * len(x))])
-                        for x in map(str.split, texts)]
+        if r.random() < self.drop_words:
+            texts[:] = [" ".join(w for w in x.split() if r.random() < 0.5) or x for x in texts]
         return mirrored(out) if flipped else out
 
 

@@ -9,8 +9,9 @@ A batch depends on the seed and the step alone: a killed run, resumed, ends with
 Covers: SPARC 4.1, D.4; FILIP 3.1.1 (the tokens that are sent), 4.1, A.2; PyramidCLIP 3.2, A.2, F.
 
 Differs from the papers:
-- The defaults suit scenes. SPARC: 16,384 pairs a batch, `--sigma 1/P --local-weight 1 --spare 0
-  --strangers 0 --crop-text 0 --no-patches-through-h --near 0`.
+- The defaults suit scenes. SPARC has 16,384 pairs a batch; for the rest of its settings, give
+  `--sigma 1/P --local-weight 1 --spare 0 --strangers 0 --drop-words 0
+  --no-patches-through-h --near 0`.
 - Ours are AdamW's beta2 of 0.98, the clipping of gradients, a warm-up of 100 steps (FILIP 3,000,
   SPARC 2,500, PyramidCLIP a tenth). Weight decay is 0.1 (SPARC 0.1 to 0.3, PyramidCLIP 0.2).
 - Files are cropped at random and flipped: SPARC only resizes. Scenes are not: captions tell places.
@@ -87,7 +88,7 @@ def flags():
     add("--vocab", "learn:N, or clip, or a path of CLIP's merges (scenes 1000, small 4000, 8000)")
     add("--crop", "crop to this share or more (scenes: no crop; files 0.4, pyramid 0.9)", **number)
     add("--flip", "mirror half of the pictures, with their left and right (files)", **either)
-    add("--crop-text", "cut this share of captions to some words in a row (scenes 0.15)", **number)
+    add("--drop-words", "drop half of the words of this share of captions (scenes 0.05)", **number)
     add("--captions", "so many texts of a picture at once, which share its target (FILIP A.2)", 1)
     add("--paraphrase", "tell this share of scenes in other words, as for FILIP Table 4", 0.0)
     add("--mismatch", "let words and scenes disagree this often, as in PyramidCLIP Figure 1", 0.0)
@@ -97,7 +98,7 @@ def flags():
     add("--spare", "words so near to a word are no negatives of it, eq. 6 (0, tiny 2)", **whole)
     add("--strangers", "tell a word's view from those of so many other pictures (tiny 2)", **whole)
     add("--global-weight", "weight the global loss in eq. 7", 0.5)
-    add("--local-weight", "weight the local loss; paper 0.5 to 10 (tiny 0.5, small 0.15)", **number)
+    add("--local-weight", "weight the local loss; paper 0.5 to 10 (tiny 0.6, small 0.15)", **number)
     group = group.add_mutually_exclusive_group()
     add("--sigma", "set eq. 3's threshold; 1/P is the paper's (tiny 0.7, small 0.5)", type=sigma)
     add("--softmax", "weight patches by a softmax in place of eqs. 2 to 4", **switch)
@@ -192,15 +193,15 @@ def fill_in(args):
                     crop=0.9 if args.loss == "pyramid" else 0.4, flip=True,      # 0.9: its 3.2
                     steps=1000, batch_size=256 if small else 128, lr=5e-4, weight_decay=0.1,
                     vocab="learn:4000" if small else "learn:8000", sigma="1/P", local_weight=1.0,
-                    crop_text=0.0, spare=0, strangers=0,
+                    drop_words=0.0, spare=0, strangers=0,
                     patches_through_h=(tiny or small) and args.pool != "cls",
                     workers=4 if args.device == "cuda" else 0)   # they would take a CPU's cores
     if tiny or small:
         defaults |= dict(lr=1.5e-3 if tiny else 1e-3, sigma=0.5, local_weight=0.15)
     if tiny and args.loss == "sparc":
-        defaults |= dict(sigma=0.7, local_weight=0.5, spare=2, strangers=2)
+        defaults |= dict(sigma=0.7, local_weight=0.6, spare=2, strangers=2)
     if scenes:
-        defaults |= dict(steps=2800, vocab="learn:1000", crop=None, flip=False, crop_text=0.15)
+        defaults |= dict(steps=2800, vocab="learn:1000", crop=None, flip=False, drop_words=0.05)
     if lamb:                                                 # FILIP A.2 and Table 9
         batch = args.batch_size or defaults["batch_size"]
         defaults |= dict(lr=6e-3 * (batch / 512) ** 0.5, weight_decay=0.03)
@@ -222,7 +223,7 @@ def check(args):
                  global_weight=0, local_weight=0, layers=1, steps=1, batch_size=1, accum_steps=1,
                  log_every=1, save_every=1, captions=1, near=0, patch_size=1, width=1, image_size=1,
                  context_length=1, spare=0, strangers=0)
-    shares = ("max_bad", "paraphrase", "mismatch", "crop_text", "sigma", "lam", "mu")
+    shares = ("max_bad", "paraphrase", "mismatch", "drop_words", "sigma", "lam", "mu")
     for name, value in vars(args).items():
         low = min(value) if isinstance(value, list) else value
         if name in least and low is not None and low < least[name]:
@@ -614,7 +615,7 @@ class Run:
         args, share = self.args, self.args.batch_size // self.world
         batches = Batches(self.data, self.tok, args.batch_size, self.size, self.length, args.seed,
                           args.crop, self.rank, self.world, args.loss == "pyramid", args.local_crop,
-                          args.captions, args.flip, args.crop_text)
+                          args.captions, args.flip, args.drop_words)
         if share % args.accum_steps:
             raise UserError(f"--accum-steps {args.accum_steps} does not divide the {share} pairs "
                             f"of each process: choose a divisor")
