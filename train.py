@@ -9,9 +9,8 @@ A batch depends on the seed and the step alone: a killed run, resumed, ends with
 Covers: SPARC 4.1, D.4; FILIP 3.1.1 (the tokens that are sent), 4.1, A.2; PyramidCLIP 3.2, A.2, F.
 
 Differs from the papers:
-- The defaults suit scenes. SPARC has 16,384 pairs a batch; for the rest of its settings, give
-  `--sigma 1/P --local-weight 1 --spare 0 --strangers 0 --drop-words 0
-  --no-patches-through-h --near 0`.
+- The defaults suit scenes. SPARC: 16,384 pairs a batch, `--sigma 1/P --local-weight 1 --spare 0
+  --strangers 0 --drop-words 0 --no-patches-through-h --near 0`.
 - Ours are AdamW's beta2 of 0.98, the clipping of gradients, a warm-up of 100 steps (FILIP 3,000,
   SPARC 2,500, PyramidCLIP a tenth). Weight decay is 0.1 (SPARC 0.1 to 0.3, PyramidCLIP 0.2).
 - Files are cropped at random and flipped: SPARC only resizes. Scenes are not: captions tell places.
