@@ -150,8 +150,9 @@ def sparc_loss(v, t, V, T, M, scale, global_weight=0.5, local_weight=1.0, sigma=
     def seen(V):
         a = sparc_alignment(V, T, sigma, softmax)               # (b, L, P)
         return torch.einsum("blp,bpd->bld", a, V)               # SPARC eq. 5: what each word sees
-    b = torch.arange(len(V), device=V.device)                   # others: 4 places away, 8, 12, ...
-    others = [seen(V[(b ^ 4 * n).clamp(max=len(V) - 1)]) for n in range(1, strangers + 1)]
+    b = torch.arange(len(V), device=V.device)
+    away = [(b ^ 4 * n).clamp(max=len(V) - 1) for n in range(1, strangers + 1)]         # 4, 8, ...
+    others = [seen(V.index_select(0, at)) for at in away]       # its backward adds in a fixed order
     local_part = within_pair_loss(seen(V), T, M, scale, per_text, spare, others)
     global_part = clip_loss(v, t, scale)
     loss = global_weight * global_part + local_weight * local_part         # SPARC eq. 7
