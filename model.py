@@ -280,8 +280,8 @@ class VisionTransformer(nn.Module):
             self.h_v = nn.Sequential(nn.Linear(w, w), nn.GELU())           # SPARC 2
         N = self.grid ** 2 + (c.pool == "cls")
         self.positional_embedding = nn.Parameter(std * torch.randn(N, w))
-        seen = [torch.ones(2 * [self.grid]).tril(n or N).triu(-(n or N)) for n in c.near]
-        seen = torch.stack([torch.kron(x, x) for x in seen])               # of rows and columns
+        lines = [torch.ones(2 * [self.grid]).tril(n or N).triu(-(n or N)) for n in c.near]
+        seen = torch.stack([torch.kron(x, x) for x in lines])              # in a row, a column
         seen = F.pad(seen, [N - self.grid ** 2, 0] * 2, value=1).bool()    # [CLS] sees all, is seen
         self.register_buffer("seen", seen if any(c.near) else None, persistent=False)  # (n, N, N)
         self.ln_pre = LayerNorm(w)
