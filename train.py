@@ -94,12 +94,12 @@ def flags():
     add("--workers", "read pictures in so many extra processes (cpu 0, cuda 4)", **whole)
     group = ap.add_argument_group("SPARC (Table 6: --sigma 0, --softmax)")
     add("--per-text", "average eq. 6 per text first, as printed, not as in Appendix C", **switch)
-    add("--spare", "words so near to a word are no negatives of it, eq. 6 (0, tiny 2)", **whole)
-    add("--strangers", "tell a word's view from those of so many other pictures (tiny 2)", **whole)
+    add("--spare", "words so near to a word are no negatives of it, eq. 6 (scenes 2)", **whole)
+    add("--strangers", "tell a word's view from those of so many other pictures (scenes 2)", **whole)
     add("--global-weight", "weight the global loss in eq. 7", 0.5)
-    add("--local-weight", "weight the local loss; paper 0.5 to 10 (tiny 0.6, small 0.15)", **number)
+    add("--local-weight", "weight the local loss; paper 0.5-10 (scenes 0.6, small 0.15)", **number)
     group = group.add_mutually_exclusive_group()
-    add("--sigma", "set eq. 3's threshold; 1/P is the paper's (tiny 0.7, small 0.5)", type=sigma)
+    add("--sigma", "set eq. 3's threshold; 1/P is the paper's (scenes 0.7, small 0.5)", type=sigma)
     add("--softmax", "weight patches by a softmax in place of eqs. 2 to 4", **switch)
     group = ap.add_argument_group("FILIP (3.1.1, Table 5)")
     add("--keep", "compare this share of the tokens; the paper's is 0.25", 1.0)
@@ -197,7 +197,7 @@ def fill_in(args):
                     workers=4 if args.device == "cuda" else 0)   # they would take a CPU's cores
     if tiny or small:
         defaults |= dict(lr=1.5e-3 if tiny else 1e-3, sigma=0.5, local_weight=0.15)
-    if tiny and args.loss == "sparc":
+    if tiny and scenes and args.loss == "sparc":
         defaults |= dict(sigma=0.7, local_weight=0.6, spare=2, strangers=2)
     if scenes:
         defaults |= dict(steps=2800, vocab="learn:1000", crop=None, flip=False, drop_words=0.05)
