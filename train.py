@@ -95,7 +95,7 @@ def flags():
     group = ap.add_argument_group("SPARC (Table 6: --sigma 0, --softmax)")
     add("--per-text", "average eq. 6 per text first, as printed, not as in Appendix C", **switch)
     add("--spare", "words so near to a word are no negatives of it, eq. 6 (scenes 2)", **whole)
-    add("--strangers", "tell a word's view from those of so many other pictures (scenes 2)", **whole)
+    add("--strangers", "tell a word's view from that of so many other pictures (scenes 2)", **whole)
     add("--global-weight", "weight the global loss in eq. 7", 0.5)
     add("--local-weight", "weight the local loss; paper 0.5-10 (scenes 0.6, small 0.15)", **number)
     group = group.add_mutually_exclusive_group()
