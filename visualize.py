@@ -530,8 +530,8 @@ def draw_run(folders, data=None, n=None, device="cpu", out=None, images=None, ho
     else:  # the same for all runs, and read once
         photos = [own] if own else read_photos(data, images, n)
         if how == "pad":
-            square = functools.partial(ImageOps.pad, color="white")
-            photos = [x._replace(image=square(x.image, 2 * [max(x.image.size)])) for x in photos]
+            photos = [x._replace(image=ImageOps.pad(x.image, 2 * [max(x.image.size)],
+                                                    color="white")) for x in photos]
         samples = [photos] * len(runs)
     out = KINDS[kind](runs, samples, out or evaluation.place(folders[0], f"{kind}.png"))
     if kind != "align":
